@@ -1,0 +1,131 @@
+//! Compiles `kernels/*.cu` with NVRTC into PTX and machine-code images that the library embeds.
+//!
+//! No CUDA toolkit and no host compiler: NVRTC and the CUDA headers are Python packages named in `build-system.requires`, and
+//! the interpreter that the crate is built for says where they lie. `FEWBITS_CUDA=0` builds without kernels, and so does a
+//! system for which NVRTC is not published (macOS); elsewhere a missing NVRTC is an error.
+
+use std::collections::hash_map::DefaultHasher;
+use std::error::Error;
+use std::fmt::Write as _;
+use std::hash::{Hash, Hasher};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::{env, fs, thread};
+
+#[path = "src/codebook.rs"]
+#[allow(dead_code, missing_docs)]
+mod codebook;
+#[path = "build/nvrtc.rs"]
+mod nvrtc;
+#[path = "build/tables.rs"]
+mod tables;
+
+type Result<T> = std::result::Result<T, Box<dyn Error>>;
+
+/// One kernel file each.
+const FAMILIES: [&str; 3] = ["quantize", "dequantize", "double_quant"];
+/// Machine code for the chips of today, and PTX that a driver compiles for those of tomorrow (and for 7.0 and 7.2).
+const TARGETS: [&str; 9] =
+    ["compute_70", "compute_80", "sm_75", "sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120"];
+/// Products stay products: CPU and GPU must agree to the last bit, so nothing is fused that the source does not fuse.
+const OPTIONS: [&str; 3] = ["--std=c++17", "--fmad=false", "--extra-device-vectorization"];
+
+fn main() {
+    if let Err(error) = build() {
+        eprintln!("fewbits: {error}");
+        std::process::exit(1);
+    }
+}
+
+fn build() -> Result<()> {
+    println!("cargo::rerun-if-changed=build.rs");
+    println!("cargo::rerun-if-changed=build");
+    println!("cargo::rerun-if-changed=kernels");
+    println!("cargo::rerun-if-changed=src/codebook.rs");
+    println!("cargo::rerun-if-env-changed=FEWBITS_CUDA");
+    let out = PathBuf::from(env::var("OUT_DIR")?);
+    let system = env::var("CARGO_CFG_TARGET_OS")?;
+    if env::var("FEWBITS_CUDA").as_deref() == Ok("0") || !matches!(system.as_str(), "linux" | "windows") {
+        println!("cargo::warning=fewbits is built without CUDA kernels (FEWBITS_CUDA=0, or no NVRTC for {system})");
+        fs::write(out.join("images.rs"), "pub static IMAGES: &[Image] = &[];\n")?;
+        return Ok(());
+    }
+
+    let nvrtc = nvrtc::Nvrtc::find()?;
+    let mut headers = vec![("tables.cuh".to_string(), tables::header()?)];
+    for entry in fs::read_dir("kernels")? {
+        let path = entry?.path();
+        if path.extension().is_some_and(|extension| extension == "cuh") {
+            headers.push((file_name(&path), fs::read_to_string(&path)?));
+        }
+    }
+
+    let mut jobs = Vec::new();
+    for family in FAMILIES {
+        let source = fs::read_to_string(format!("kernels/{family}.cu"))?;
+        for target in TARGETS {
+            jobs.push((family, target, source.clone()));
+        }
+    }
+    // Whoever is free takes the next image.
+    let next = AtomicUsize::new(0);
+    let workers = thread::available_parallelism()?.get();
+    let failures: Vec<String> = thread::scope(|scope| {
+        let handles: Vec<_> = (0..workers)
+            .map(|_| {
+                scope.spawn(|| {
+                    while let Some((family, target, source)) = jobs.get(next.fetch_add(1, Ordering::Relaxed)) {
+                        image(&nvrtc, &out, family, target, source, &headers)
+                            .map_err(|error| format!("kernels/{family}.cu for {target}: {error}"))?;
+                    }
+                    Ok(())
+                })
+            })
+            .collect();
+        handles
+            .into_iter()
+            .filter_map(|handle| handle.join().unwrap_or_else(|_| Err("a compiler thread died".to_string())).err())
+            .collect()
+    });
+    if !failures.is_empty() {
+        return Err(failures.join("\n").into());
+    }
+
+    let mut table = String::from("pub static IMAGES: &[Image] = &[\n");
+    for (family, target, _) in &jobs {
+        let path = out.join(format!("{family}.{target}.z"));
+        writeln!(table, "    Image {{ family: {family:?}, target: {target:?}, deflated: include_bytes!({path:?}) }},")?;
+    }
+    table.push_str("];\n");
+    fs::write(out.join("images.rs"), table)?;
+    Ok(())
+}
+
+/// Compiles one image unless the same sources and options gave it before.
+fn image(
+    nvrtc: &nvrtc::Nvrtc,
+    out: &Path,
+    family: &str,
+    target: &str,
+    source: &str,
+    headers: &[(String, String)],
+) -> Result<()> {
+    let mut hasher = DefaultHasher::new();
+    (source, headers, target, OPTIONS, &nvrtc.version).hash(&mut hasher);
+    let stamp = format!("{:016x}", hasher.finish());
+    let (stamp_path, image_path) =
+        (out.join(format!("{family}.{target}.stamp")), out.join(format!("{family}.{target}.z")));
+    if image_path.exists() && fs::read_to_string(&stamp_path).is_ok_and(|s| s == stamp) {
+        return Ok(());
+    }
+    let image = nvrtc.compile(&format!("{family}.cu"), source, headers, target, &OPTIONS)?;
+    let mut deflater = flate2::write::ZlibEncoder::new(Vec::new(), flate2::Compression::best());
+    std::io::Write::write_all(&mut deflater, &image)?;
+    fs::write(image_path, deflater.finish()?)?;
+    fs::write(stamp_path, stamp)?;
+    Ok(())
+}
+
+fn file_name(path: &Path) -> String {
+    path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default()
+}

@@ -1,0 +1,45 @@
+//! Writes `tables.cuh`: what the kernels need of `src/codebook.rs`.
+
+use std::fmt::Write as _;
+
+use crate::codebook::{BucketTable, FP4, NF4, Ranks, dynamic_map};
+
+/// The header's text.
+pub fn header() -> crate::Result<String> {
+    let mut text = String::from("// Written by build.rs from src/codebook.rs.\n#pragma once\n");
+    writeln!(text, "constexpr int QUANT_TYPE_FP4 = 1;")?;
+    let nf4 = table(&mut text, "NF4", &NF4, 4, 3)?;
+    let fp4 = table(&mut text, "FP4", &FP4, 4, 3)?;
+    let dynamic = table(&mut text, "DYNAMIC", &dynamic_map(true), 8, 6)?;
+    if nf4.shift != fp4.shift || nf4.lift != fp4.lift {
+        return Err("NF4 and FP4 must share one bucket width".into());
+    }
+    for (bits, table) in [(4, nf4), (8, dynamic)] {
+        writeln!(text, "constexpr int SHIFT_{bits}BIT = {}, LIFT_{bits}BIT = {};", table.shift, table.lift)?;
+    }
+    Ok(text)
+}
+
+fn table(
+    text: &mut String,
+    name: &str,
+    values: &[f32],
+    rank_bits: u32,
+    mantissa_bits: u32,
+) -> crate::Result<BucketTable> {
+    let table = BucketTable::new(&Ranks::with_signed_zeros(values), rank_bits, mantissa_bits)
+        .ok_or_else(|| format!("{name}: two thresholds in one bucket"))?;
+    writeln!(text, "constexpr int {name}_LENGTH = {}, {name}_ORIGIN = {};", table.entries.len(), table.origin)?;
+    writeln!(text, "constexpr float {name}_SCALE = {:e}f;", table.scale)?;
+    write!(text, "__device__ const unsigned {name}_ENTRIES[{name}_LENGTH] = {{")?;
+    for entry in &table.entries {
+        write!(text, "{entry}u,")?;
+    }
+    writeln!(text, "}};")?;
+    write!(text, "__device__ const float {name}_VALUES[{}] = {{", values.len())?;
+    for value in values {
+        write!(text, "{value:e}f,")?;
+    }
+    writeln!(text, "}};")?;
+    Ok(table)
+}

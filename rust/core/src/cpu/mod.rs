@@ -1,0 +1,27 @@
+//! The operations on this machine's processor.
+//!
+//! One body an operation, compiled once for each instruction set and chosen at run time ([`path`]): the compiler vectorizes the
+//! same source, so every path gives the same bytes. Where it cannot (16-entry tables), a path has a kernel of its own.
+
+pub mod dequantize;
+mod element;
+mod float_mode;
+mod pages;
+pub mod path;
+mod pool;
+pub mod quantize;
+mod table_lookup;
+#[cfg(test)]
+mod tests;
+
+pub use path::Path;
+
+/// The 256 values of a code at an address, or `None` for address 0.
+///
+/// # Safety
+/// A non-zero address holds 256 float32.
+pub(crate) unsafe fn code_values(address: u64) -> Option<[f32; 256]> {
+    let pointer = address as *const [f32; 256];
+    // SAFETY: the caller promises 256 float32 there; read_unaligned asks no more of the address.
+    (!pointer.is_null()).then(|| unsafe { pointer.read_unaligned() })
+}

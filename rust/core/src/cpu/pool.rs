@@ -1,0 +1,50 @@
+//! Threads: one pool for each number of threads that callers ask for.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+
+use rayon::prelude::*;
+
+use super::float_mode::DefaultFloatMode;
+use crate::{Error, Result};
+
+/// Below this many bytes read and written, a second thread costs more than it brings.
+const BYTES_PER_THREAD: usize = 256 << 10;
+
+type Pools = HashMap<(u32, usize), Arc<rayon::ThreadPool>>;
+
+/// Runs `work(first, last)` over `0..units` in contiguous parts, on up to `threads` threads.
+pub fn run(units: usize, bytes_per_unit: usize, threads: usize, work: impl Fn(usize, usize) + Sync) -> Result<()> {
+    let useful = (units.saturating_mul(bytes_per_unit) / BYTES_PER_THREAD).max(1);
+    let threads = threads.clamp(1, 1024).min(useful).min(units.max(1));
+    if threads == 1 {
+        let _mode = DefaultFloatMode::enter();
+        work(0, units);
+        return Ok(());
+    }
+    // More parts than threads, so that a thread that is late is not waited for.
+    let parts = (threads * 4).min(units);
+    pool(threads)?.install(|| {
+        (0..parts).into_par_iter().with_max_len(1).for_each(|part| {
+            let _mode = DefaultFloatMode::enter();
+            work(units * part / parts, units * (part + 1) / parts);
+        });
+    });
+    Ok(())
+}
+
+/// The pool of so many threads. A process that was forked off has none of its parent's threads and starts its own.
+fn pool(threads: usize) -> Result<Arc<rayon::ThreadPool>> {
+    static POOLS: OnceLock<Mutex<Pools>> = OnceLock::new();
+    let key = (std::process::id(), threads);
+    let mut pools = POOLS.get_or_init(Mutex::default).lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(pool) = pools.get(&key) {
+        return Ok(pool.clone());
+    }
+    let pool = rayon::ThreadPoolBuilder::new()
+        .num_threads(threads)
+        .thread_name(|i| format!("fewbits-{i}"))
+        .build()
+        .map_err(|error| Error::Threads { threads, words: error.to_string() })?;
+    Ok(pools.entry(key).or_insert(Arc::new(pool)).clone())
+}

@@ -1,0 +1,329 @@
+//! Quantization, block by block.
+
+use std::sync::LazyLock;
+
+use super::element::{Bf16, Element, F16, F32, LANES, for_runs};
+use super::path::multiversion;
+use super::{pages, pool};
+use crate::blockwise::Blocks;
+use crate::codebook::{BucketTable, Ranks, dynamic_map};
+use crate::double_quant::{NESTED_BLOCKSIZE, Nested, maxima_offset, sum};
+use crate::{Dtype, QuantType, Result};
+
+/// NaN reads as 0, infinities as the largest finite values.
+#[inline(always)]
+fn finite(x: f32) -> f32 {
+    let x = if x.is_nan() { 0.0 } else { x };
+    x.clamp(-f32::MAX, f32::MAX)
+}
+
+/// Bits of the largest magnitude of a block.
+#[inline(always)]
+unsafe fn block_absmax<T: Element>(x: *const T, count: usize) -> f32 {
+    let mut largest = [0u32; LANES];
+    // Magnitudes are ordered as their bits are.
+    let mut take = |values: [f32; LANES]| {
+        for (m, value) in largest.iter_mut().zip(values) {
+            *m = (*m).max(finite(value).to_bits() & 0x7fff_ffff);
+        }
+    };
+    // SAFETY: the caller holds `count` elements at `x`.
+    unsafe {
+        let mut rest = None;
+        for_runs(x, count, |_, values| take(values), |_, values, _| rest = Some(values));
+        if let Some(values) = rest {
+            take(values);
+        }
+    }
+    let mut width = LANES / 2;
+    while width > 0 {
+        for i in 0..width {
+            largest[i] = largest[i].max(largest[i + width]);
+        }
+        width /= 2;
+    }
+    f32::from_bits(largest[0])
+}
+
+/// `x / absmax` of `LANES` elements, by the rule of design: times the reciprocal, unless that overflows.
+#[inline(always)]
+fn quotients(values: [f32; LANES], absmax: f32) -> [f32; LANES] {
+    let inverse = if absmax > 0.0 { 1.0 / absmax } else { 0.0 };
+    if inverse.is_finite() { values.map(|x| finite(x) * inverse) } else { values.map(|x| finite(x) / absmax) }
+}
+
+/// Steps from rank to rank of a 4-bit code: `code = first + sum of the steps whose threshold lies below t`.
+struct Steps {
+    thresholds: [f32; 15],
+    steps: [u32; 15],
+    first: u32,
+}
+
+impl Steps {
+    fn new(quant_type: QuantType) -> Self {
+        let ranks = Ranks::with_signed_zeros(quant_type.values());
+        let mut table = Self { thresholds: [0.0; 15], steps: [0; 15], first: u32::from(ranks.codes[0]) };
+        table.thresholds.copy_from_slice(&ranks.thresholds);
+        for (step, pair) in table.steps.iter_mut().zip(ranks.codes.windows(2)) {
+            *step = u32::from(pair[1]).wrapping_sub(u32::from(pair[0]));
+        }
+        table
+    }
+
+    /// Packed codes, the first of each pair in the high nibble.
+    #[inline(always)]
+    fn pack(&self, t: [f32; LANES]) -> [u8; LANES / 2] {
+        let mut codes = [self.first; LANES];
+        for (&threshold, &step) in self.thresholds.iter().zip(&self.steps) {
+            for (code, t) in codes.iter_mut().zip(t) {
+                *code = code.wrapping_add(if t > threshold { step } else { 0 });
+            }
+        }
+        std::array::from_fn(|i| (codes[2 * i] << 4 | codes[2 * i + 1]) as u8)
+    }
+}
+
+#[inline(always)]
+unsafe fn blocks_4bit<T: Element>(
+    x: *const T,
+    n: usize,
+    blocksize: usize,
+    table: &Steps,
+    codes: *mut u8,
+    absmax: *mut f32,
+) {
+    for (block, start) in (0..n).step_by(blocksize).enumerate() {
+        let count = blocksize.min(n - start);
+        // SAFETY: the block lies within the caller's `n` elements, its bytes within `(n + 1) / 2`, its scale within the blocks.
+        unsafe {
+            let (x, codes) = (x.add(start), codes.add(start / 2));
+            let scale = block_absmax(x, count);
+            absmax.add(block).write_unaligned(scale);
+            for_runs(
+                x,
+                count,
+                |i, values| {
+                    codes.add(i / 2).cast::<[u8; LANES / 2]>().write_unaligned(table.pack(quotients(values, scale)))
+                },
+                |i, values, length| {
+                    let bytes = table.pack(quotients(values, scale));
+                    std::ptr::copy_nonoverlapping(bytes.as_ptr(), codes.add(i / 2), length.div_ceil(2));
+                },
+            );
+        }
+    }
+}
+
+multiversion! {
+    unsafe fn run_4bit[T: Element][T](x: *const T, n: usize, blocksize: usize, table: &Steps, codes: *mut u8, absmax: *mut f32)
+        => blocks_4bit
+}
+
+/// How the rank of `t` in a 256-entry code is found.
+enum Finder {
+    Table(BucketTable),
+    Search(Box<[f32; 256]>),
+}
+
+struct Code256 {
+    finder: Finder,
+    code_of_rank: [u8; 256],
+    sorted: bool,
+}
+
+impl Code256 {
+    fn new(values: &[f32; 256]) -> Self {
+        let ranks = Ranks::new(values);
+        let finder = match BucketTable::new(&ranks, 8, 6) {
+            Some(table) => Finder::Table(table),
+            None => {
+                let mut thresholds = Box::new([f32::INFINITY; 256]);
+                thresholds[..255].copy_from_slice(&ranks.thresholds);
+                Finder::Search(thresholds)
+            }
+        };
+        let mut code_of_rank = [0; 256];
+        code_of_rank.copy_from_slice(&ranks.codes);
+        Self { finder, code_of_rank, sorted: ranks.codes.is_sorted() }
+    }
+
+    #[inline(always)]
+    fn codes(&self, t: [f32; LANES]) -> [u8; LANES] {
+        let ranks = match &self.finder {
+            Finder::Table(table) => table.ranks(t),
+            Finder::Search(thresholds) => {
+                // One step for all elements at a time: their look-ups do not wait for each other.
+                let mut ranks = [0u32; LANES];
+                for step in [128, 64, 32, 16, 8, 4, 2, 1] {
+                    for (rank, t) in ranks.iter_mut().zip(t) {
+                        *rank += if t > thresholds[(*rank + step - 1) as usize & 255] { step } else { 0 };
+                    }
+                }
+                ranks
+            }
+        };
+        if self.sorted {
+            ranks.map(|rank| rank as u8)
+        } else {
+            ranks.map(|rank| self.code_of_rank[rank as usize & 255])
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn blocks_8bit<T: Element>(
+    x: *const T,
+    n: usize,
+    blocksize: usize,
+    table: &Code256,
+    codes: *mut u8,
+    absmax: *mut f32,
+) {
+    for (block, start) in (0..n).step_by(blocksize).enumerate() {
+        let count = blocksize.min(n - start);
+        // SAFETY: the block lies within the caller's `n` elements and bytes, its scale within the blocks.
+        unsafe {
+            let (x, codes) = (x.add(start), codes.add(start));
+            let scale = block_absmax(x, count);
+            absmax.add(block).write_unaligned(scale);
+            for_runs(
+                x,
+                count,
+                |i, values| codes.add(i).cast::<[u8; LANES]>().write_unaligned(table.codes(quotients(values, scale))),
+                |i, values, length| {
+                    let bytes = table.codes(quotients(values, scale));
+                    std::ptr::copy_nonoverlapping(bytes.as_ptr(), codes.add(i), length);
+                },
+            );
+        }
+    }
+}
+
+multiversion! {
+    unsafe fn run_8bit[T: Element][T](x: *const T, n: usize, blocksize: usize, table: &Code256, codes: *mut u8, absmax: *mut f32)
+        => blocks_8bit
+}
+
+/// Splits blocks over threads: `work(x, n, codes, absmax)` gets a run of whole blocks.
+unsafe fn over_blocks<T: Element>(
+    blocks: Blocks,
+    x: u64,
+    codes: u64,
+    codes_per_byte: usize,
+    absmax: u64,
+    threads: usize,
+    work: impl Fn(*const T, usize, *mut u8, *mut f32) + Sync,
+) -> Result<()> {
+    let Blocks { n, blocksize, .. } = blocks;
+    pages::advise_huge(codes, n.div_ceil(codes_per_byte));
+    pool::run(blocks.count(), blocksize * (size_of::<T>() + 1), threads, |first, last| {
+        let (start, end) = (first * blocksize, (last * blocksize).min(n));
+        let x = (x as *const T).wrapping_add(start);
+        let codes = (codes as *mut u8).wrapping_add(start / codes_per_byte);
+        work(x, end - start, codes, (absmax as *mut f32).wrapping_add(first));
+    })
+}
+
+/// # Safety
+/// As [`crate::blockwise::quantize_4bit`].
+pub(crate) unsafe fn quantize_4bit(
+    blocks: Blocks,
+    x: u64,
+    quant_type: QuantType,
+    codes: u64,
+    absmax: u64,
+    threads: usize,
+) -> Result<()> {
+    unsafe fn typed<T: Element>(
+        blocks: Blocks,
+        x: u64,
+        table: &Steps,
+        codes: u64,
+        absmax: u64,
+        threads: usize,
+    ) -> Result<()> {
+        // SAFETY: the caller's promise; parts are runs of whole blocks and do not overlap.
+        unsafe {
+            over_blocks::<T>(blocks, x, codes, 2, absmax, threads, |x, n, codes, absmax| {
+                run_4bit(x, n, blocks.blocksize, table, codes, absmax);
+            })
+        }
+    }
+    let table = Steps::new(quant_type);
+    // SAFETY: the caller's promise; `T` is the dtype's type.
+    unsafe {
+        match blocks.dtype {
+            Dtype::F32 => typed::<F32>(blocks, x, &table, codes, absmax, threads),
+            Dtype::F16 => typed::<F16>(blocks, x, &table, codes, absmax, threads),
+            Dtype::Bf16 => typed::<Bf16>(blocks, x, &table, codes, absmax, threads),
+        }
+    }
+}
+
+/// # Safety
+/// As [`crate::blockwise::quantize_8bit`].
+pub(crate) unsafe fn quantize_8bit(
+    blocks: Blocks,
+    x: u64,
+    values: Option<&[f32; 256]>,
+    codes: u64,
+    absmax: u64,
+    threads: usize,
+) -> Result<()> {
+    unsafe fn typed<T: Element>(
+        blocks: Blocks,
+        x: u64,
+        table: &Code256,
+        codes: u64,
+        absmax: u64,
+        threads: usize,
+    ) -> Result<()> {
+        // SAFETY: the caller's promise; parts are runs of whole blocks and do not overlap.
+        unsafe {
+            over_blocks::<T>(blocks, x, codes, 1, absmax, threads, |x, n, codes, absmax| {
+                run_8bit(x, n, blocks.blocksize, table, codes, absmax);
+            })
+        }
+    }
+    static DYNAMIC: LazyLock<Code256> = LazyLock::new(|| Code256::new(&dynamic_map(true)));
+    let own = values.map(Code256::new);
+    let table = own.as_ref().unwrap_or(&DYNAMIC);
+    // SAFETY: the caller's promise; `T` is the dtype's type.
+    unsafe {
+        match blocks.dtype {
+            Dtype::F32 => typed::<F32>(blocks, x, table, codes, absmax, threads),
+            Dtype::F16 => typed::<F16>(blocks, x, table, codes, absmax, threads),
+            Dtype::Bf16 => typed::<Bf16>(blocks, x, table, codes, absmax, threads),
+        }
+    }
+}
+
+/// # Safety
+/// As [`crate::double_quant::quantize_4bit_nested`].
+pub(crate) unsafe fn quantize_4bit_nested(
+    blocks: Blocks,
+    x: u64,
+    quant_type: QuantType,
+    codes: u64,
+    nested: Nested,
+    workspace: u64,
+    threads: usize,
+) -> Result<()> {
+    let count = blocks.count();
+    let maxima = workspace + maxima_offset(count) as u64;
+    // SAFETY: the workspace has room for the counter, the partial sums and one float32 a block, in this order and aligned.
+    let absmax = unsafe {
+        quantize_4bit(blocks, x, quant_type, codes, maxima, threads)?;
+        std::slice::from_raw_parts_mut(maxima as *mut f32, count)
+    };
+    let offset = (sum(absmax) / count as f64) as f32;
+    for value in absmax.iter_mut() {
+        *value -= offset;
+    }
+    let inner = Blocks::new(count, NESTED_BLOCKSIZE, Dtype::F32)?;
+    // SAFETY: `absmax` holds `count` float32, the results have the sizes that the caller promised.
+    unsafe {
+        (nested.offset as *mut f32).write_unaligned(offset);
+        quantize_8bit(inner, maxima, None, nested.absmax_codes, nested.nested_absmax, threads)
+    }
+}

@@ -1,0 +1,176 @@
+//! Launches of quantize.cu, dequantize.cu and double_quant.cu.
+
+use std::ffi::c_void;
+
+use super::launch::{Grid, Kernel, Launch};
+use crate::blockwise::{Absmax, Blocks};
+use crate::double_quant::{COUNTER_BYTES, GROUP, Nested, maxima_offset};
+use crate::{QuantType, Result};
+
+/// Pointers to the values of a kernel's parameters.
+macro_rules! arguments {
+    ($($value:expr),* $(,)?) => { &mut [$(std::ptr::from_ref(&$value).cast_mut().cast::<c_void>()),*] };
+}
+
+/// Elements that a block of quantize.cu takes at a time: 16 warps, 4 vectors of 16 bytes a lane.
+fn quantize_grid(blocks: Blocks) -> Grid {
+    let elements = 16 * 32 * 4 * (16 / blocks.dtype.size());
+    Grid::Resident(blocks.n.div_ceil(elements) as u64)
+}
+
+/// Elements that a block of dequantize.cu takes at a time: 256 threads, 4 vectors of 16 bytes each.
+fn dequantize_pieces(blocks: Blocks) -> u64 {
+    let elements = 256 * 4 * (16 / blocks.dtype.size());
+    blocks.n.div_ceil(elements) as u64
+}
+
+fn describe(blocks: Blocks) -> String {
+    format!("{} elements of {}, block size {}", blocks.n, blocks.dtype.suffix(), blocks.blocksize)
+}
+
+/// # Safety
+/// As [`crate::blockwise::quantize_8bit`].
+pub unsafe fn quantize_8bit(
+    blocks: Blocks,
+    x: u64,
+    code: u64,
+    codes: u64,
+    absmax: u64,
+    device: usize,
+    stream: u64,
+) -> Result<()> {
+    let kernel = Kernel::Quantize8(blocks.dtype);
+    // SAFETY: the caller's promise; the 4-bit type is not looked at, there is no counter.
+    unsafe { quantize(kernel, blocks, x, code, codes, absmax, QuantType::Nf4, 0, device, stream) }
+}
+
+/// # Safety
+/// As [`crate::blockwise::quantize_4bit`]; `counter` is 0 or the address of a u32 that the kernel clears.
+pub unsafe fn quantize_4bit(
+    blocks: Blocks,
+    x: u64,
+    quant_type: QuantType,
+    codes: u64,
+    absmax: u64,
+    counter: u64,
+    device: usize,
+    stream: u64,
+) -> Result<()> {
+    let kernel = Kernel::Quantize4(blocks.dtype);
+    // SAFETY: the caller's promise.
+    unsafe { quantize(kernel, blocks, x, 0, codes, absmax, quant_type, counter, device, stream) }
+}
+
+unsafe fn quantize(
+    kernel: Kernel,
+    blocks: Blocks,
+    x: u64,
+    code: u64,
+    codes: u64,
+    absmax: u64,
+    quant_type: QuantType,
+    counter: u64,
+    device: usize,
+    stream: u64,
+) -> Result<()> {
+    let (n, log2_blocksize, quant_type) = (blocks.n as i64, blocks.log2_blocksize(), quant_type as i32);
+    let launch = Launch { device, stream, kernel, grid: quantize_grid(blocks), describe: &|| describe(blocks) };
+    // SAFETY: the parameters of quantize.cu's kernels, in order; memory by the caller's promise.
+    unsafe { launch.run(arguments![x, code, codes, absmax, n, log2_blocksize, quant_type, counter]) }
+}
+
+/// # Safety
+/// As [`crate::double_quant::quantize_4bit_nested`].
+pub unsafe fn quantize_4bit_nested(
+    blocks: Blocks,
+    x: u64,
+    quant_type: QuantType,
+    codes: u64,
+    nested: Nested,
+    workspace: u64,
+    device: usize,
+    stream: u64,
+) -> Result<()> {
+    let count = blocks.count();
+    let groups = count.div_ceil(GROUP);
+    let counter = workspace;
+    let partials = workspace + COUNTER_BYTES as u64;
+    let absmax = workspace + maxima_offset(count) as u64;
+    // SAFETY: the workspace has room for the counter, the partial sums and the maxima, in this order; the rest is the caller's promise.
+    unsafe { quantize_4bit(blocks, x, quant_type, codes, absmax, counter, device, stream)? };
+
+    let launch = Launch {
+        device,
+        stream,
+        kernel: Kernel::QuantizeAbsmax,
+        grid: Grid::Cooperative(groups as u64),
+        describe: &|| describe(blocks),
+    };
+    let Nested { absmax_codes, nested_absmax, offset } = nested;
+    let count = count as i64;
+    // SAFETY: the parameters of quantize_absmax, in order; memory as above.
+    unsafe { launch.run(arguments![absmax, count, partials, counter, offset, absmax_codes, nested_absmax]) }
+}
+
+/// # Safety
+/// As [`crate::blockwise::dequantize_8bit`].
+pub unsafe fn dequantize_8bit(
+    blocks: Blocks,
+    codes: u64,
+    code: u64,
+    absmax: u64,
+    out: u64,
+    device: usize,
+    stream: u64,
+) -> Result<()> {
+    let (n, log2_blocksize) = (blocks.n as i64, blocks.log2_blocksize());
+    let kernel = Kernel::Dequantize8(blocks.dtype);
+    let grid = Grid::Pieces(dequantize_pieces(blocks));
+    let launch = Launch { device, stream, kernel, grid, describe: &|| describe(blocks) };
+    // SAFETY: the parameters of dequantize.cu's 8-bit kernels, in order; memory by the caller's promise.
+    unsafe { launch.run(arguments![codes, code, absmax, out, n, log2_blocksize]) }
+}
+
+/// # Safety
+/// As [`crate::blockwise::dequantize_4bit`].
+pub unsafe fn dequantize_4bit(
+    blocks: Blocks,
+    codes: u64,
+    quant_type: QuantType,
+    absmax: Absmax,
+    out: u64,
+    device: usize,
+    stream: u64,
+) -> Result<()> {
+    let (n, log2_blocksize, quant_type) = (blocks.n as i64, blocks.log2_blocksize(), quant_type as i32);
+    let grid = Grid::Pieces(dequantize_pieces(blocks));
+    let describe = || describe(blocks);
+    match absmax {
+        Absmax::Plain(absmax) => {
+            let kernel = Kernel::Dequantize4(blocks.dtype);
+            let launch = Launch { device, stream, kernel, grid, describe: &describe };
+            // SAFETY: the parameters of dequantize_4bit_*, in order; memory by the caller's promise.
+            unsafe { launch.run(arguments![codes, absmax, out, n, log2_blocksize, quant_type]) }
+        }
+        Absmax::Nested { codes: absmax_codes, code, absmax, blocksize, offset } => {
+            let log2_nested = blocksize.trailing_zeros() as i32;
+            let kernel = Kernel::Dequantize4Nested(blocks.dtype);
+            let launch = Launch { device, stream, kernel, grid, describe: &describe };
+            // SAFETY: the parameters of dequantize_4bit_nested_*, in order; memory by the caller's promise.
+            unsafe {
+                launch.run(arguments![
+                    codes,
+                    absmax_codes,
+                    code,
+                    absmax,
+                    log2_nested,
+                    offset,
+                    out,
+                    n,
+                    log2_blocksize,
+                    quant_type
+                ])
+            }
+        }
+    }
+}

@@ -1,0 +1,170 @@
+//! Kernels by name, and the one place that launches them.
+
+use std::ffi::{CString, c_void};
+use std::ptr;
+
+use cudarc::driver::{result, sys};
+
+use super::device::device;
+use super::driver::{check, words};
+use super::image;
+use crate::{Dtype, Error, Result};
+
+/// A kernel.
+#[derive(Debug, Clone, Copy)]
+pub enum Kernel {
+    /// quantize.cu
+    Quantize4(Dtype),
+    /// quantize.cu
+    Quantize8(Dtype),
+    /// dequantize.cu
+    Dequantize4(Dtype),
+    /// dequantize.cu
+    Dequantize4Nested(Dtype),
+    /// dequantize.cu
+    Dequantize8(Dtype),
+    /// double_quant.cu
+    QuantizeAbsmax,
+}
+
+impl Kernel {
+    /// How many there are.
+    pub const COUNT: usize = 5 * Dtype::ALL.len() + 1;
+
+    /// Its place in a device's table.
+    pub fn index(self) -> usize {
+        let types = Dtype::ALL.len();
+        match self {
+            Self::Quantize4(dtype) => dtype as usize,
+            Self::Quantize8(dtype) => types + dtype as usize,
+            Self::Dequantize4(dtype) => 2 * types + dtype as usize,
+            Self::Dequantize4Nested(dtype) => 3 * types + dtype as usize,
+            Self::Dequantize8(dtype) => 4 * types + dtype as usize,
+            Self::QuantizeAbsmax => 5 * types,
+        }
+    }
+
+    fn family(self) -> &'static str {
+        match self {
+            Self::Quantize4(_) | Self::Quantize8(_) => "quantize",
+            Self::Dequantize4(_) | Self::Dequantize4Nested(_) | Self::Dequantize8(_) => "dequantize",
+            Self::QuantizeAbsmax => "double_quant",
+        }
+    }
+
+    /// Its name in the source.
+    pub fn name(self) -> String {
+        match self {
+            Self::Quantize4(dtype) => format!("quantize_4bit_{}", dtype.suffix()),
+            Self::Quantize8(dtype) => format!("quantize_8bit_{}", dtype.suffix()),
+            Self::Dequantize4(dtype) => format!("dequantize_4bit_{}", dtype.suffix()),
+            Self::Dequantize4Nested(dtype) => format!("dequantize_4bit_nested_{}", dtype.suffix()),
+            Self::Dequantize8(dtype) => format!("dequantize_8bit_{}", dtype.suffix()),
+            Self::QuantizeAbsmax => "quantize_absmax".to_string(),
+        }
+    }
+
+    /// Threads of a block; the sources' `THREADS`.
+    fn threads(self) -> u32 {
+        match self {
+            Self::Quantize4(_) | Self::Quantize8(_) => 512,
+            Self::Dequantize4(_) | Self::Dequantize4Nested(_) | Self::Dequantize8(_) => 256,
+            Self::QuantizeAbsmax => 1024,
+        }
+    }
+}
+
+/// A loaded kernel.
+#[derive(Debug, Clone, Copy)]
+pub struct Function {
+    handle: sys::CUfunction,
+    /// Blocks that a multiprocessor holds at once.
+    resident: u32,
+}
+
+// SAFETY: function handles may be used by any thread and live as long as their library, which is never unloaded.
+unsafe impl Send for Function {}
+// SAFETY: as above.
+unsafe impl Sync for Function {}
+
+impl Function {
+    /// Loads a kernel from the image of a target into the current context.
+    pub fn load(kernel: Kernel, target: &'static str) -> Result<Self> {
+        let library = image::library(kernel.family(), target)?;
+        let name =
+            CString::new(kernel.name()).map_err(|error| Error::argument("kernel", error, "a name without NUL"))?;
+        let (mut entry, mut handle, mut resident) = (ptr::null_mut(), ptr::null_mut(), 0);
+        // SAFETY: the library is loaded, the name ends with NUL, the pointers are to locals.
+        unsafe {
+            check("cuLibraryGetKernel", sys::cuLibraryGetKernel(&mut entry, library.0, name.as_ptr()))?;
+            check("cuKernelGetFunction", sys::cuKernelGetFunction(&mut handle, entry))?;
+            let threads = kernel.threads() as i32;
+            check(
+                "cuOccupancyMaxActiveBlocksPerMultiprocessor",
+                sys::cuOccupancyMaxActiveBlocksPerMultiprocessor(&mut resident, handle, threads, 0),
+            )?;
+        }
+        Ok(Self { handle, resident: resident.max(1) as u32 })
+    }
+}
+
+/// How many blocks a launch has.
+#[derive(Debug, Clone, Copy)]
+pub enum Grid {
+    /// One for each piece of work.
+    Pieces(u64),
+    /// As many as the device holds at once, or as there is work for: each loops over its share.
+    Resident(u64),
+    /// At most one a multiprocessor, all running together so that they can wait for each other.
+    Cooperative(u64),
+}
+
+/// One launch.
+pub struct Launch<'a> {
+    /// Ordinal of the device.
+    pub device: usize,
+    /// Raw stream of that device.
+    pub stream: u64,
+    /// What runs.
+    pub kernel: Kernel,
+    /// On how many blocks.
+    pub grid: Grid,
+    /// Sizes, for an error's text.
+    pub describe: &'a dyn Fn() -> String,
+}
+
+impl Launch<'_> {
+    /// Queues the kernel.
+    ///
+    /// # Safety
+    /// `arguments` point to values of the kernel's parameters, in order and of their types; addresses among them are of memory of
+    /// this device that outlives the kernel.
+    pub unsafe fn run(self, arguments: &mut [*mut c_void]) -> Result<()> {
+        let device = device(self.device)?;
+        let _entered = device.enter()?;
+        let function = device.function(self.kernel)?;
+        let (blocks, cooperative) = match self.grid {
+            Grid::Pieces(pieces) => (pieces, false),
+            Grid::Resident(pieces) => (pieces.min(u64::from(device.multiprocessors * function.resident)), false),
+            Grid::Cooperative(pieces) => (pieces.min(u64::from(device.multiprocessors)), pieces > 1),
+        };
+        // The kernels loop over whatever a grid leaves over.
+        let grid = (blocks.clamp(1, 0x7fff_ffff) as u32, 1, 1);
+        let block = (self.kernel.threads(), 1, 1);
+        let stream = self.stream as sys::CUstream;
+        // SAFETY: the function belongs to the entered context, and so does the stream; the rest is the caller's promise.
+        let launched = unsafe {
+            if cooperative {
+                result::launch_cooperative_kernel(function.handle, grid, block, 0, stream, arguments)
+            } else {
+                result::launch_kernel(function.handle, grid, block, 0, stream, arguments)
+            }
+        };
+        launched.map_err(|error| Error::Launch {
+            kernel: self.kernel.name(),
+            arguments: (self.describe)(),
+            device: self.device,
+            words: words(error),
+        })
+    }
+}

@@ -1,0 +1,13 @@
+//! The operations on NVIDIA GPUs, through the driver alone.
+//!
+//! Nothing is opened before the first CUDA tensor arrives.
+
+pub(crate) mod blockwise;
+mod device;
+mod driver;
+mod image;
+mod launch;
+
+pub use device::{DeviceInfo, devices};
+pub use driver::driver_version;
+pub use image::{built_targets, is_built};
