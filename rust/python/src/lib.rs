@@ -1,0 +1,33 @@
+//! `fewbits._native`: the Rust core for Python.
+//!
+//! Addresses and sizes come in as plain integers; [`fewbits_core`] checks them. CPU work and driver calls run without the
+//! interpreter's lock. Nothing here computes.
+
+use pyo3::prelude::*;
+
+mod blockwise;
+mod error;
+mod info;
+mod target;
+
+/// Quantization kernels on raw addresses.
+#[pymodule(gil_used = false)]
+mod _native {
+    use pyo3::prelude::*;
+
+    #[pymodule_export]
+    use super::blockwise::{
+        codebook, dequantize_4bit, dequantize_4bit_nested, dequantize_blockwise, nested_workspace_size, quantize_4bit,
+        quantize_4bit_nested, quantize_blockwise,
+    };
+    #[pymodule_export]
+    use super::error::Error;
+    #[pymodule_export]
+    use super::info::{cpu_info, driver_info, images};
+
+    #[pymodule_init]
+    fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
+        module.add("__version__", env!("CARGO_PKG_VERSION"))?;
+        module.add("built_with_cuda", fewbits_core::cuda::is_built())
+    }
+}

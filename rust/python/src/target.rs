@@ -1,0 +1,24 @@
+//! Numbers at the boundary to the core's types.
+
+use fewbits_core::{Dtype, QuantType, Target};
+
+use crate::error::{Result, unknown};
+
+/// `device` is a CUDA ordinal and `queue` a raw stream of it, or -1 and the number of CPU threads.
+pub fn target(device: i64, queue: u64) -> Result<Target> {
+    match device {
+        -1 => Ok(Target::Cpu { threads: usize::try_from(queue).unwrap_or(usize::MAX) }),
+        0.. => Ok(Target::Cuda { device: device as usize, stream: queue }),
+        _ => Err(unknown("device", device, "a CUDA ordinal, or -1 for the CPU")),
+    }
+}
+
+/// 0 float32, 1 float16, 2 bfloat16.
+pub fn dtype(number: usize) -> Result<Dtype> {
+    Dtype::ALL.get(number).copied().ok_or_else(|| unknown("dtype", number, "0 (float32), 1 (float16) or 2 (bfloat16)"))
+}
+
+/// 0 nf4, 1 fp4.
+pub fn quant_type(number: usize) -> Result<QuantType> {
+    QuantType::ALL.get(number).copied().ok_or_else(|| unknown("quant_type", number, "0 (nf4) or 1 (fp4)"))
+}
