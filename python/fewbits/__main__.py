@@ -1,0 +1,8 @@
+"""``python -m fewbits`` is the ``fewbits`` command."""
+
+import sys
+
+from .cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

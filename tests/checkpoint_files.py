@@ -1,0 +1,99 @@
+"""Small checkpoints for the tests of checkpoint.py, memory_plan.py and the command line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+CONFIG = {
+    "architectures": ["TinyForCausalLM"],
+    "model_type": "tiny",
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 100,
+    "tie_word_embeddings": False,
+}
+LINEAR = {
+    "self_attn.q_proj": (64, 64),
+    "self_attn.k_proj": (32, 64),
+    "mlp.up_proj": (160, 64),
+    "mlp.down_proj": (64, 160),
+}
+
+
+def tiny_tensors(dtype: torch.dtype = torch.float32, layers: int = 2) -> dict[str, torch.Tensor]:
+    """Tensors of a small language model with everything that must be left alone."""
+    generator = torch.Generator().manual_seed(7)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return (torch.randn(*shape, generator=generator) * 0.02).to(dtype)
+
+    tensors = {
+        "model.embed_tokens.weight": normal(100, 64),
+        "lm_head.weight": normal(100, 64),
+        "model.norm.weight": normal(64),
+        "model.rotary.inv_freq": normal(16),
+        "model.position_ids": torch.arange(8)[None],
+        "model.scale": torch.tensor(0.5, dtype=dtype),
+        "model.empty.weight": torch.empty(0, 64, dtype=dtype),
+    }
+    for i in range(layers):
+        for name, shape in LINEAR.items():
+            tensors[f"model.layers.{i}.{name}.weight"] = normal(*shape)
+        tensors[f"model.layers.{i}.mlp.gate.weight"] = normal(4, 64)
+        tensors[f"model.layers.{i}.input_layernorm.weight"] = normal(64)
+        tensors[f"model.layers.{i}.self_attn.q_proj.bias"] = normal(64)
+    return tensors
+
+
+def linear_names(layers: int = 2) -> list[str]:
+    """Names of the weights that are quantized by default."""
+    return [f"model.layers.{i}.{name}.weight" for i in range(layers) for name in LINEAR]
+
+
+def write_checkpoint(
+    path: Path,
+    tensors: Mapping[str, torch.Tensor] | None = None,
+    config: Mapping[str, Any] | None = CONFIG,
+    shards: int = 1,
+) -> Path:
+    """Write a directory as transformers would."""
+    path.mkdir(parents=True)
+    tensors = dict(tiny_tensors() if tensors is None else tensors)
+    if shards == 1:
+        save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    else:
+        weight_map = {}
+        for i in range(shards):
+            file = f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
+            part = {k: v for j, (k, v) in enumerate(tensors.items()) if j % shards == i}
+            save_file(part, path / file, metadata={"format": "pt"})
+            weight_map |= dict.fromkeys(part, file)
+        index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": weight_map}
+        (path / "model.safetensors.index.json").write_text(json.dumps(index))
+    if config is not None:
+        (path / "config.json").write_text(json.dumps(config))
+    return path
+
+
+def load_directory(path: Path) -> dict[str, torch.Tensor]:
+    """Load every safetensors file of a directory with the safetensors library."""
+    tensors: dict[str, torch.Tensor] = {}
+    for file in sorted(path.glob("*.safetensors")):
+        part = load_file(file)
+        assert not set(part) & set(tensors)
+        tensors |= part
+    return tensors
+
+
+def leftovers(folder: Path) -> list[str]:
+    """Everything in a folder, hidden names included."""
+    return sorted(p.name for p in folder.iterdir())
