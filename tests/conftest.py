@@ -1,0 +1,44 @@
+"""Fixtures and settings shared by all tests.
+
+Tests marked ``cuda`` are skipped where torch sees no GPU, and tests marked ``slow`` unless ``FEWBITS_SLOW=1``.
+``HYPOTHESIS_PROFILE`` picks ``ci`` (the same examples on every run; the default), ``dev`` (random) or ``deep`` (many).
+"""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+_quiet = [HealthCheck.too_slow, HealthCheck.data_too_large]
+settings.register_profile("ci", max_examples=150, deadline=None, derandomize=True, suppress_health_check=_quiet)
+settings.register_profile("dev", max_examples=150, deadline=None, suppress_health_check=_quiet)
+settings.register_profile("deep", max_examples=2000, deadline=None, suppress_health_check=_quiet)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+# A failing example may hold thousands of elements; its recipe and seed say more.
+np.set_printoptions(threshold=16)
+torch.set_printoptions(threshold=16)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("cuda") and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    if item.get_closest_marker("slow") and os.environ.get("FEWBITS_SLOW") != "1":
+        pytest.skip("slow: set FEWBITS_SLOW=1")
+
+
+@pytest.fixture(scope="session", params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Each device that a test must pass on: the same test, the same bytes."""
+    return torch.device(request.param)
+
+
+@pytest.fixture(scope="session")
+def cuda() -> torch.device:
+    """For tests marked ``cuda``, which have no twin on the CPU."""
+    return torch.device("cuda", torch.cuda.current_device())

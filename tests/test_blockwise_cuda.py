@@ -1,0 +1,196 @@
+"""What only a GPU has: streams, graphs, failed launches, several devices. Bytes are tested in ``test_blockwise.py``."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import fewbits.functional as F
+from arrays import assert_same_bits
+from fewbits import _native
+from strategies import fill
+
+pytestmark = pytest.mark.cuda
+
+Op = Callable[[torch.Tensor], list[torch.Tensor]]
+
+
+def _quantize_8bit(x: torch.Tensor) -> list[torch.Tensor]:
+    codes, state = F.quantize_blockwise(x, blocksize=256)
+    return [codes, state.absmax]
+
+
+def _quantize_4bit(x: torch.Tensor) -> list[torch.Tensor]:
+    packed, state = F.quantize_4bit(x, quant_type="nf4")
+    return [packed, state.absmax]
+
+
+def _quantize_nested(x: torch.Tensor) -> list[torch.Tensor]:
+    packed, state = F.quantize_4bit(x, quant_type="fp4", compress_statistics=True)
+    return [packed, state.absmax, state.offset, state.state2.absmax]
+
+
+def _round_trip_8bit(x: torch.Tensor) -> list[torch.Tensor]:
+    return [F.dequantize_blockwise(*F.quantize_blockwise(x, blocksize=256))]
+
+
+def _round_trip_4bit(x: torch.Tensor) -> list[torch.Tensor]:
+    return [F.dequantize_4bit(*F.quantize_4bit(x, quant_type="nf4"))]
+
+
+def _round_trip_nested(x: torch.Tensor) -> list[torch.Tensor]:
+    return [F.dequantize_4bit(*F.quantize_4bit(x, quant_type="fp4", compress_statistics=True))]
+
+
+OPS = [_quantize_8bit, _quantize_4bit, _quantize_nested, _round_trip_8bit, _round_trip_4bit, _round_trip_nested]
+every_op = pytest.mark.parametrize("op", OPS, ids=lambda op: op.__name__.strip("_"))
+N = 64 * 1000 + 33
+
+
+def _expect(op: Op, x: torch.Tensor, got: list[torch.Tensor]) -> None:
+    __tracebackhide__ = True
+    for ours, cpu in zip(got, op(x.cpu()), strict=True):
+        assert_same_bits(ours, cpu, op.__name__)
+
+
+def _run(program: str) -> None:
+    """Run a program in a process of its own, beside the tests' modules."""
+    run = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(__file__).parent,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+@every_op
+def test_runs_on_the_current_stream(op: Op, cuda: torch.device) -> None:
+    """On a side stream the input is written late; an operation on any other stream would read what was there before."""
+    late = fill(["normal", "wide"], N, 64, torch.bfloat16, 1).to(cuda)
+    op(late)
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    for _ in range(10):
+        x = torch.zeros_like(late)
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(20_000_000)
+            x.copy_(late)
+            got = op(x)
+        stream.synchronize()
+        _expect(op, late, got)
+
+
+@every_op
+def test_graph_capture(op: Op, cuda: torch.device) -> None:
+    x = fill(["normal"], N, 64, torch.bfloat16, 2).to(cuda)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        op(x)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = op(x)
+    for seed in (3, 4):
+        x.copy_(fill(["normal", "wide"], N, 64, torch.bfloat16, seed))
+        for tensor in got:
+            tensor.reshape(-1).view(torch.uint8).fill_(0xFF)
+        graph.replay()
+        torch.cuda.synchronize()
+        _expect(op, x, got)
+
+
+@every_op
+def test_first_use_inside_a_capture(op: Op) -> None:
+    """Kernels are loaded lazily; the load itself must be legal while a graph is captured."""
+    _run(
+        f"""
+        import torch, test_blockwise_cuda as t
+        x = torch.randn({N}, device="cuda", dtype=torch.bfloat16)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            got = t.{op.__name__}(x)
+        graph.replay()
+        torch.cuda.synchronize()
+        t._expect(t.{op.__name__}, x, got)
+        """
+    )
+
+
+def test_failed_launch_raises_and_the_process_works_on() -> None:
+    """A forbidden call inside a capture makes the driver refuse every later launch on that stream."""
+    _run(
+        """
+        import torch
+        from fewbits import _native
+        import fewbits.functional as F
+        x = torch.randn(4096, device="cuda")
+        codes = torch.zeros(2048, dtype=torch.uint8, device="cuda")
+        absmax = torch.zeros(64, device="cuda")
+        expected = F.quantize_4bit(x.cpu(), quant_type="nf4")[0]
+        assert torch.equal(F.quantize_4bit(x, quant_type="nf4")[0].cpu(), expected)
+        stream = torch.cuda.Stream()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.stream(stream):
+            graph.capture_begin()
+            try:
+                torch.cuda.synchronize()
+                raise SystemExit("the capture was not invalidated")
+            except RuntimeError:
+                pass
+            try:
+                _native.quantize_4bit(x.data_ptr(), 4096, 0, 64, 0, codes.data_ptr(), absmax.data_ptr(),
+                                      x.device.index, stream.cuda_stream)
+                raise SystemExit("the refused launch did not raise")
+            except _native.Error as error:
+                words = str(error)
+                assert isinstance(error, RuntimeError)
+                assert "quantize" in words and "capture" in words.lower(), words
+            try:
+                graph.capture_end()
+            except RuntimeError:
+                pass
+        assert torch.equal(F.quantize_4bit(x, quant_type="nf4")[0].cpu(), expected)
+        assert torch.cuda.current_device() == 0
+        """
+    )
+
+
+def test_wrong_device_index_leaves_the_process_working(cuda: torch.device) -> None:
+    x = torch.randn(64, device=cuda)
+    with pytest.raises((RuntimeError, ValueError), match="99"):
+        _native.quantize_4bit(x.data_ptr(), 64, 0, 64, 0, x.data_ptr(), x.data_ptr(), 99, 0)
+    _expect(_quantize_4bit, x, _quantize_4bit(x))
+
+
+def test_second_device() -> None:
+    """Tensors on a device that is not torch's current one; torch's current device stays."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one GPU")
+    x = fill(["normal"], N, 64, torch.float16, 6).to("cuda:1")
+    assert torch.cuda.current_device() == 0
+    for op in OPS:
+        got = op(x)
+        assert {t.device for t in got} == {x.device}
+        _expect(op, x, got)
+    assert torch.cuda.current_device() == 0
+
+
+def test_import_and_cpu_use_initialize_no_cuda() -> None:
+    _run(
+        """
+        import torch, fewbits, fewbits.functional as F
+        F.quantize_4bit(torch.randn(64), quant_type="nf4")
+        assert not torch.cuda.is_initialized()
+        """
+    )
