@@ -201,8 +201,9 @@ class Nested:
 def tree_sum(values: np.ndarray) -> float:
     """Sum in float64, in the one order that every device follows.
 
-    1024 values make a group, short ones filled up with 0.0. Lane l of 32 adds values l, l + 32, ..., l + 992 in that
-    order; the lanes then meet in a butterfly. Group sums are summed by the same rule until one is left.
+    1024 values, four blocks of 256, make a group; short ones are filled up with 0.0. Lane l of 32 adds values 8 l to
+    8 l + 7 of each block in turn; the lanes then meet in a butterfly. Group sums are summed by the same rule until one
+    is left.
     """
     sums = np.asarray(values, dtype=np.float64)
     if sums.size == 0:
@@ -211,10 +212,11 @@ def tree_sum(values: np.ndarray) -> float:
         groups = -(-sums.size // 1024)
         padded = np.zeros(groups * 1024)
         padded[: sums.size] = sums
-        rows = padded.reshape(groups, 32, 32)
+        blocks = padded.reshape(groups, 4, 32, 8)
         lanes = np.zeros((groups, 32))
-        for row in range(32):
-            lanes = lanes + rows[:, row, :]
+        for block in range(4):
+            for i in range(8):
+                lanes = lanes + blocks[:, block, :, i]
         for distance in (16, 8, 4, 2, 1):
             lanes = lanes + lanes[:, np.arange(32) ^ distance]
         sums = lanes[:, 0]

@@ -91,16 +91,17 @@ __device__ __forceinline__ void dequantize_some(const u8* codes, const Decode& d
 
 template <class E, class Decode, class Absmax>
 __device__ __forceinline__ void dequantize(const u8* codes, const Decode& decode, const Absmax& absmax,
-                                           typename E::storage* out, i64 n, int log2_blocksize) {
+                                           typename E::storage* out, i64 n, int log2_blocksize, int rows) {
     constexpr int N = E::PER_VECTOR;
     constexpr int ROW = THREADS * N;       // elements of one vector a thread
     constexpr int TILE = UNROLL * ROW;     // a multiple of every block size
     static_assert(TILE % 4096 == 0, "a tile starts on a block");
     const bool aligned = is_aligned(codes, 8) && is_aligned(out, 16);
-    for (i64 tile = blockIdx.x; tile * TILE < n; tile += gridDim.x) {
-        const i64 start = tile * TILE;
-        if (!aligned || start + TILE > n) {
-            dequantize_some<E>(codes, decode, absmax, out, start, min(n, start + TILE), aligned, log2_blocksize);
+    const int size = rows * ROW;  // TILE, or one row where whole tiles would leave multiprocessors idle
+    for (i64 tile = blockIdx.x; tile * size < n; tile += gridDim.x) {
+        const i64 start = tile * size;
+        if (!aligned || rows != UNROLL || start + TILE > n) {
+            dequantize_some<E>(codes, decode, absmax, out, start, min(n, start + size), aligned, log2_blocksize);
             continue;
         }
         const int own = threadIdx.x * N;
@@ -129,30 +130,31 @@ __device__ __forceinline__ Decode4 load_values_4bit(float (&shared)[16], int qua
 
 #define DEQUANTIZE(DTYPE, E)                                                                                             \
     extern "C" __global__ void __launch_bounds__(THREADS) dequantize_4bit_##DTYPE(                                       \
-        const u8* codes, const float* absmax, E::storage* out, i64 n, int log2_blocksize, int quant_type) {              \
+        const u8* codes, const float* absmax, E::storage* out, i64 n, int log2_blocksize, int quant_type, int rows) {    \
         __shared__ float values[16];                                                                                     \
         const Decode4 decode = load_values_4bit(values, quant_type);                                                     \
         __syncthreads();                                                                                                 \
-        dequantize<E>(codes, decode, PlainAbsmax{absmax}, out, n, log2_blocksize);                                       \
+        dequantize<E>(codes, decode, PlainAbsmax{absmax}, out, n, log2_blocksize, rows);                                     \
     }                                                                                                                    \
     extern "C" __global__ void __launch_bounds__(THREADS) dequantize_4bit_nested_##DTYPE(                                \
         const u8* codes, const u8* absmax_codes, const float* nested_code, const float* nested_absmax,                   \
-        int log2_nested_blocksize, const float* offset, E::storage* out, i64 n, int log2_blocksize, int quant_type) {    \
+        int log2_nested_blocksize, const float* offset, E::storage* out, i64 n, int log2_blocksize, int quant_type,      \
+        int rows) {                                                                                                     \
         __shared__ float values[16], nested[256];                                                                        \
         const Decode4 decode = load_values_4bit(values, quant_type);                                                     \
         nested[threadIdx.x] = nested_code ? nested_code[threadIdx.x] : DYNAMIC_VALUES[threadIdx.x];                      \
         __syncthreads();                                                                                                 \
         const NestedAbsmax absmax{absmax_codes, nested, nested_absmax, log2_nested_blocksize, *offset};                  \
-        dequantize<E>(codes, decode, absmax, out, n, log2_blocksize);                                                    \
+        dequantize<E>(codes, decode, absmax, out, n, log2_blocksize, rows);                                                  \
     }                                                                                                                    \
     extern "C" __global__ void __launch_bounds__(THREADS) dequantize_8bit_##DTYPE(                                       \
-        const u8* codes, const float* code, const float* absmax, E::storage* out, i64 n, int log2_blocksize) {           \
+        const u8* codes, const float* code, const float* absmax, E::storage* out, i64 n, int log2_blocksize, int rows) {           \
         __shared__ float values[256 * COPIES];                                                                           \
         const float value = code ? code[threadIdx.x] : DYNAMIC_VALUES[threadIdx.x];                                      \
         for (int copy = 0; copy < COPIES; copy++) values[threadIdx.x * COPIES + copy] = value;                           \
         __syncthreads();                                                                                                 \
         const Decode8 decode{values + threadIdx.x % COPIES};                                                             \
-        dequantize<E>(codes, decode, PlainAbsmax{absmax}, out, n, log2_blocksize);                                       \
+        dequantize<E>(codes, decode, PlainAbsmax{absmax}, out, n, log2_blocksize, rows);                                     \
     }
 
 DEQUANTIZE(f32, F32)

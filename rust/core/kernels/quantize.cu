@@ -223,6 +223,7 @@ __device__ __forceinline__ void quantize(const typename E::storage* x, const flo
     // The second launch of double quantization counts its blocks here.
     if (counter && blockIdx.x == 0 && threadIdx.x == 0) *counter = 0;
     const Encode encode(shared, code, quant_type);
+    let_next_kernel_start();
 
     const int blocksize = 1 << log2_blocksize;
     const int lanes = min(WARP, blocksize / N);

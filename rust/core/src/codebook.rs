@@ -188,12 +188,52 @@ impl BucketTable {
         // Adding +0 turns -0 into +0, but leaves the -0 of a negative `t` that underflows.
         let keys = t.map(|t| ordered(if t == 0.0 { 0.0 } else { t * self.scale }));
         let last = self.entries.len() as u32 - 1;
-        let entries = keys.map(|key| {
-            let index = (((key >> self.shift) + self.origin) as u32).min(last);
-            // SAFETY: the index is clamped to the last entry, and `new` makes no empty table.
-            unsafe { *self.entries.get_unchecked(index as usize) }
-        });
+        let indices = keys.map(|key| (((key >> self.shift) + self.origin) as u32).min(last));
+        let mut entries = [0; N];
+        for (index, entry) in indices.iter().zip(&mut entries) {
+            // Volatile, so that the look-ups stay scalar loads and stores between vector code: gathers and insertions take longer.
+            // SAFETY: both are elements of local arrays; the index is clamped to the last entry, and `new` makes no empty table.
+            unsafe {
+                let found = *self.entries.get_unchecked(std::ptr::read_volatile(index) as usize);
+                std::ptr::write_volatile(entry, found);
+            }
+        }
         std::array::from_fn(|i| entries[i].wrapping_add((keys[i] as u32) << self.lift) >> (self.shift + self.lift))
+    }
+}
+
+/// The 16 codes of a 4-bit type by 32 buckets of equal width over [-1, 1], each of which holds at most one threshold.
+///
+/// The edge at 0 itself separates -0 from +0.
+#[derive(Debug, Clone)]
+pub struct LinearBuckets {
+    /// The bucket's threshold, or infinity.
+    pub thresholds: [f32; 32],
+    /// The code up to the threshold, and above it the one past it, eight bits higher.
+    pub codes: [u32; 32],
+}
+
+impl LinearBuckets {
+    /// Builds the buckets of `ranks`, or `None` if some bucket would hold two thresholds.
+    pub fn new(ranks: &Ranks) -> Option<Self> {
+        let mut buckets = Self { thresholds: [f32::INFINITY; 32], codes: [0; 32] };
+        for bucket in 0..32 {
+            let (start, end) = ((bucket as f32 - 16.0) / 16.0, (bucket as f32 - 15.0) / 16.0);
+            let base = ranks.thresholds.iter().filter(|&&threshold| threshold < start).count();
+            let mut inside = ranks.thresholds.iter().filter(|&&t| t != BELOW_ZERO && (start..end).contains(&t));
+            let next = match inside.next() {
+                Some(&threshold) => {
+                    buckets.thresholds[bucket] = threshold;
+                    base + 1
+                }
+                None => base,
+            };
+            if inside.next().is_some() {
+                return None;
+            }
+            buckets.codes[bucket] = u32::from(ranks.codes[base]) | u32::from(ranks.codes[next]) << 8;
+        }
+        Some(buckets)
     }
 }
 

@@ -1,8 +1,8 @@
 //! Double quantization: 4-bit codes whose block maxima are 8-bit codes themselves.
 //!
 //! `offset = float32(sum(absmax) / count)`; `absmax - offset` is quantized in blocks of 256 with the signed dynamic map.
-//! The float64 sum has one shape on every device: groups of 1024; in a group, lane `l` of 32 adds elements `l, l + 32, ...` in
-//! order, the lanes meet in a butterfly; group sums are summed the same way until one is left.
+//! The float64 sum has one shape on every device: groups of 1024, that is four nested blocks; lane `l` of 32 adds elements
+//! `8 l .. 8 l + 8` of each of them in turn, the lanes meet in a butterfly; group sums are summed the same way until one is left.
 
 use crate::blockwise::{Blocks, check_addresses};
 use crate::{Error, QuantType, Result, Target, cpu, cuda};
@@ -94,9 +94,11 @@ pub(crate) fn sum(values: &[f32]) -> f64 {
 
 fn group_sum<T: Copy + Into<f64>>(group: &[T]) -> f64 {
     let mut lanes = [0.0f64; 32];
-    for row in group.chunks(32) {
-        for (lane, &value) in lanes.iter_mut().zip(row) {
-            *lane += value.into();
+    for block in group.chunks(NESTED_BLOCKSIZE) {
+        for (lane, run) in lanes.iter_mut().zip(block.chunks(NESTED_BLOCKSIZE / 32)) {
+            for &value in run {
+                *lane += value.into();
+            }
         }
     }
     let mut distance = 16;

@@ -4,16 +4,17 @@
 
 use std::sync::LazyLock;
 
-use super::element::{Bf16, F16, F32};
+#[cfg(target_arch = "x86_64")]
+use super::avx512;
+use super::element::{Bf16, Element, F16, F32};
+#[cfg(target_arch = "x86_64")]
+use super::path::Path;
 use super::path::multiversion;
 use super::table_lookup::{Lookup, expand};
 use super::{code_values, pages, pool};
 use crate::blockwise::{Absmax, Blocks};
 use crate::codebook::dynamic_map;
 use crate::{Dtype, QuantType, Result};
-
-/// Results larger than this are written past the caches: they would only push out what is still needed there.
-const STREAM_BYTES: usize = 8 << 20;
 
 /// The code that stands for an absent one.
 static DYNAMIC: LazyLock<[f32; 256]> = LazyLock::new(|| dynamic_map(true));
@@ -70,21 +71,34 @@ struct Part4<'a, T> {
 }
 
 #[inline(always)]
-unsafe fn blocks_4bit<T: Lookup>(part: &Part4<T>, stream: bool) {
+unsafe fn blocks_4bit<T: Lookup>(part: &Part4<T>) {
     let Blocks { n, blocksize, .. } = part.blocks;
     for block in part.first..part.last {
         let start = block * blocksize;
         // SAFETY: the block lies within the tensor, whose codes, scales and room for results the caller promised.
         unsafe {
             let scale = part.scales.get(block);
+            #[cfg(target_arch = "x86_64")]
+            if Path::chosen() == Path::Avx512
+                && n - start >= blocksize
+                && avx512::dequantize_block(
+                    part.codes.add(start / 2),
+                    part.values,
+                    scale,
+                    part.out.add(start),
+                    blocksize,
+                )
+            {
+                continue;
+            }
             let results = part.values.map(|value| T::narrow(value * scale));
-            expand(part.codes.add(start / 2), &results, part.out.add(start), blocksize.min(n - start), stream);
+            expand(part.codes.add(start / 2), &results, part.out.add(start), blocksize.min(n - start));
         }
     }
 }
 
 multiversion! {
-    unsafe fn run_4bit[T: Lookup][T](part: &Part4<T>, stream: bool) => blocks_4bit
+    unsafe fn run_4bit[T: Lookup][T](part: &Part4<T>) => blocks_4bit
 }
 
 /// # Safety
@@ -105,12 +119,11 @@ pub(crate) unsafe fn dequantize_4bit(
         out: u64,
         threads: usize,
     ) -> Result<()> {
-        let bytes = blocks.n * size_of::<T>();
-        pages::advise_huge(out, bytes);
+        pages::advise_huge(out, blocks.n * size_of::<T>());
         pool::run(blocks.count(), blocks.blocksize * size_of::<T>(), threads, |first, last| {
             let part = Part4 { codes: codes as *const u8, values, scales, out: out as *mut T, first, last, blocks };
             // SAFETY: the caller's promise; parts do not overlap.
-            unsafe { run_4bit(&part, bytes > STREAM_BYTES) };
+            unsafe { run_4bit(&part) };
         })
     }
     // SAFETY: the caller's promise; `T` is the dtype's type.
@@ -125,40 +138,53 @@ pub(crate) unsafe fn dequantize_4bit(
     }
 }
 
-/// Elements decoded at a time: 64 bytes of the narrowest type.
-const RUN: usize = 32;
+/// Elements decoded at a time: enough that vector code does not wait for the look-ups before it.
+const RUN: usize = 256;
 
 #[inline(always)]
-unsafe fn blocks_8bit<T: Lookup>(
+unsafe fn blocks_8bit<T: Element>(
     codes: *const u8,
     values: &[f32; 256],
     absmax: *const f32,
     out: *mut T,
     n: usize,
     blocksize: usize,
-    stream: bool,
 ) {
     for (block, start) in (0..n).step_by(blocksize).enumerate() {
-        let count = blocksize.min(n - start);
+        let end = n.min(start + blocksize);
         // SAFETY: the block lies within the caller's `n` codes and elements, its scale within the blocks.
         unsafe {
             let scale = absmax.add(block).read_unaligned();
-            let mut done = 0;
-            while done < count {
-                let here = (count - done).min(RUN);
-                let mut raw = [0u8; RUN];
-                std::ptr::copy_nonoverlapping(codes.add(start + done), raw.as_mut_ptr(), here);
-                let results = raw.map(|code| values[usize::from(code)] * scale).map(T::narrow);
-                T::store(&results, out.add(start + done), here, stream);
-                done += RUN;
+            for first in (start..end).step_by(RUN) {
+                decode_8bit(codes.add(first), values, scale, out.add(first), RUN.min(end - first));
+            }
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn decode_8bit<T: Element>(codes: *const u8, values: &[f32; 256], scale: f32, out: *mut T, count: usize) {
+    let mut found = [0.0f32; RUN];
+    for (i, value) in found[..count].iter_mut().enumerate() {
+        // SAFETY: `codes` holds `count` codes; the write is to a local. It is volatile so that the look-ups stay scalar loads: vector
+        // gathers take longer.
+        unsafe { std::ptr::write_volatile(value, values[usize::from(*codes.add(i))]) };
+    }
+    // SAFETY: `out` has room for `count` elements, at any address.
+    unsafe {
+        if count == RUN {
+            out.cast::<[T; RUN]>().write_unaligned(found.map(|value| T::narrow(value * scale)));
+        } else {
+            for (i, value) in found[..count].iter().enumerate() {
+                out.add(i).write_unaligned(T::narrow(value * scale));
             }
         }
     }
 }
 
 multiversion! {
-    unsafe fn run_8bit[T: Lookup][T](
-        codes: *const u8, values: &[f32; 256], absmax: *const f32, out: *mut T, n: usize, blocksize: usize, stream: bool,
+    unsafe fn run_8bit[T: Element][T](
+        codes: *const u8, values: &[f32; 256], absmax: *const f32, out: *mut T, n: usize, blocksize: usize,
     ) => blocks_8bit
 }
 
@@ -172,7 +198,7 @@ pub(crate) unsafe fn dequantize_8bit(
     out: u64,
     threads: usize,
 ) -> Result<()> {
-    unsafe fn typed<T: Lookup>(
+    unsafe fn typed<T: Element>(
         blocks: Blocks,
         codes: u64,
         values: &[f32; 256],
@@ -181,15 +207,14 @@ pub(crate) unsafe fn dequantize_8bit(
         threads: usize,
     ) -> Result<()> {
         let Blocks { n, blocksize, .. } = blocks;
-        let bytes = n * size_of::<T>();
-        pages::advise_huge(out, bytes);
+        pages::advise_huge(out, n * size_of::<T>());
         pool::run(blocks.count(), blocksize * size_of::<T>(), threads, |first, last| {
             let (start, end) = (first * blocksize, (last * blocksize).min(n));
             let codes = (codes as *const u8).wrapping_add(start);
             let absmax = (absmax as *const f32).wrapping_add(first);
             let out = (out as *mut T).wrapping_add(start);
             // SAFETY: the caller's promise; parts are runs of whole blocks and do not overlap.
-            unsafe { run_8bit(codes, values, absmax, out, end - start, blocksize, bytes > STREAM_BYTES) };
+            unsafe { run_8bit(codes, values, absmax, out, end - start, blocksize) };
         })
     }
     let values = values.unwrap_or(&DYNAMIC);

@@ -90,37 +90,37 @@ impl Element for F16 {
     }
 }
 
-/// `LANES` elements from `x` on as float32.
+/// `N` elements from `x` on as float32.
 ///
 /// # Safety
-/// `x` holds `LANES` elements.
+/// `x` holds `N` elements.
 #[inline(always)]
-pub unsafe fn load<T: Element>(x: *const T) -> [f32; LANES] {
+pub unsafe fn load<T: Element, const N: usize>(x: *const T) -> [f32; N] {
     // SAFETY: the caller's promise; any alignment will do.
-    unsafe { x.cast::<[T; LANES]>().read_unaligned() }.map(T::widen)
+    unsafe { x.cast::<[T; N]>().read_unaligned() }.map(T::widen)
 }
 
-/// Calls `whole` for each run of `LANES` elements, and `rest` for a shorter last one, padded with zeros.
+/// Calls `whole` for each run of `N` elements, and `rest` for a shorter last one, padded with zeros.
 ///
 /// Both get the index of the run's first element; `rest` also how many it really has.
 ///
 /// # Safety
 /// `x` holds `count` elements.
 #[inline(always)]
-pub unsafe fn for_runs<T: Element>(
+pub unsafe fn for_runs<T: Element, const N: usize>(
     x: *const T,
     count: usize,
-    mut whole: impl FnMut(usize, [f32; LANES]),
-    rest: impl FnOnce(usize, [f32; LANES], usize),
+    mut whole: impl FnMut(usize, [f32; N]),
+    rest: impl FnOnce(usize, [f32; N], usize),
 ) {
-    let end = count / LANES * LANES;
-    for i in (0..end).step_by(LANES) {
-        // SAFETY: `i + LANES <= end <= count`.
+    let end = count / N * N;
+    for i in (0..end).step_by(N) {
+        // SAFETY: `i + N <= end <= count`.
         whole(i, unsafe { load(x.add(i)) });
     }
     if end < count {
-        let mut padded = [T::default(); LANES];
-        // SAFETY: `count - end < LANES` elements remain; an array of plain bits may be written bytewise.
+        let mut padded = [T::default(); N];
+        // SAFETY: `count - end < N` elements remain; an array of plain bits may be written bytewise.
         unsafe {
             let bytes = (count - end) * size_of::<T>();
             std::ptr::copy_nonoverlapping(x.add(end).cast::<u8>(), padded.as_mut_ptr().cast::<u8>(), bytes);

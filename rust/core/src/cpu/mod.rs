@@ -1,8 +1,11 @@
 //! The operations on this machine's processor.
 //!
 //! One body an operation, compiled once for each instruction set and chosen at run time ([`path`]): the compiler vectorizes the
-//! same source, so every path gives the same bytes. Where it cannot (16-entry tables), a path has a kernel of its own.
+//! same source, so every path gives the same bytes. Where it cannot (16-entry tables), a path has kernels of its own
+//! ([`avx512`], [`table_lookup`]).
 
+#[cfg(target_arch = "x86_64")]
+mod avx512;
 pub mod dequantize;
 mod element;
 mod float_mode;

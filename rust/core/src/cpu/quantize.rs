@@ -2,10 +2,18 @@
 
 use std::sync::LazyLock;
 
+#[cfg(target_arch = "x86_64")]
+use super::avx512::{self, Wide};
+#[cfg(not(target_arch = "x86_64"))]
+use super::element::Element as Wide;
 use super::element::{Bf16, Element, F16, F32, LANES, for_runs};
+#[cfg(target_arch = "x86_64")]
+use super::path::Path;
 use super::path::multiversion;
 use super::{pages, pool};
 use crate::blockwise::Blocks;
+#[cfg(target_arch = "x86_64")]
+use crate::codebook::LinearBuckets;
 use crate::codebook::{BucketTable, Ranks, dynamic_map};
 use crate::double_quant::{NESTED_BLOCKSIZE, Nested, maxima_offset, sum};
 use crate::{Dtype, QuantType, Result};
@@ -45,9 +53,9 @@ unsafe fn block_absmax<T: Element>(x: *const T, count: usize) -> f32 {
     f32::from_bits(largest[0])
 }
 
-/// `x / absmax` of `LANES` elements, by the rule of design: times the reciprocal, unless that overflows.
+/// `x / absmax` of `N` elements, by the rule of design: times the reciprocal, unless that overflows.
 #[inline(always)]
-fn quotients(values: [f32; LANES], absmax: f32) -> [f32; LANES] {
+fn quotients<const N: usize>(values: [f32; N], absmax: f32) -> [f32; N] {
     let inverse = if absmax > 0.0 { 1.0 / absmax } else { 0.0 };
     if inverse.is_finite() { values.map(|x| finite(x) * inverse) } else { values.map(|x| finite(x) / absmax) }
 }
@@ -57,12 +65,20 @@ struct Steps {
     thresholds: [f32; 15],
     steps: [u32; 15],
     first: u32,
+    #[cfg(target_arch = "x86_64")]
+    buckets: Option<LinearBuckets>,
 }
 
 impl Steps {
     fn new(quant_type: QuantType) -> Self {
         let ranks = Ranks::with_signed_zeros(quant_type.values());
-        let mut table = Self { thresholds: [0.0; 15], steps: [0; 15], first: u32::from(ranks.codes[0]) };
+        let mut table = Self {
+            thresholds: [0.0; 15],
+            steps: [0; 15],
+            first: u32::from(ranks.codes[0]),
+            #[cfg(target_arch = "x86_64")]
+            buckets: LinearBuckets::new(&ranks).filter(|_| Path::chosen() == Path::Avx512),
+        };
         table.thresholds.copy_from_slice(&ranks.thresholds);
         for (step, pair) in table.steps.iter_mut().zip(ranks.codes.windows(2)) {
             *step = u32::from(pair[1]).wrapping_sub(u32::from(pair[0]));
@@ -84,7 +100,7 @@ impl Steps {
 }
 
 #[inline(always)]
-unsafe fn blocks_4bit<T: Element>(
+unsafe fn blocks_4bit<T: Wide>(
     x: *const T,
     n: usize,
     blocksize: usize,
@@ -97,6 +113,14 @@ unsafe fn blocks_4bit<T: Element>(
         // SAFETY: the block lies within the caller's `n` elements, its bytes within `(n + 1) / 2`, its scale within the blocks.
         unsafe {
             let (x, codes) = (x.add(start), codes.add(start / 2));
+            #[cfg(target_arch = "x86_64")]
+            if let Some(buckets) = &table.buckets
+                && count == blocksize
+                && let Some(scale) = avx512::quantize_block(x, count, buckets, codes)
+            {
+                absmax.add(block).write_unaligned(scale);
+                continue;
+            }
             let scale = block_absmax(x, count);
             absmax.add(block).write_unaligned(scale);
             for_runs(
@@ -115,7 +139,7 @@ unsafe fn blocks_4bit<T: Element>(
 }
 
 multiversion! {
-    unsafe fn run_4bit[T: Element][T](x: *const T, n: usize, blocksize: usize, table: &Steps, codes: *mut u8, absmax: *mut f32)
+    unsafe fn run_4bit[T: Wide][T](x: *const T, n: usize, blocksize: usize, table: &Steps, codes: *mut u8, absmax: *mut f32)
         => blocks_4bit
 }
 
@@ -148,12 +172,12 @@ impl Code256 {
     }
 
     #[inline(always)]
-    fn codes(&self, t: [f32; LANES]) -> [u8; LANES] {
+    fn codes<const N: usize>(&self, t: [f32; N]) -> [u8; N] {
         let ranks = match &self.finder {
             Finder::Table(table) => table.ranks(t),
             Finder::Search(thresholds) => {
                 // One step for all elements at a time: their look-ups do not wait for each other.
-                let mut ranks = [0u32; LANES];
+                let mut ranks = [0u32; N];
                 for step in [128, 64, 32, 16, 8, 4, 2, 1] {
                     for (rank, t) in ranks.iter_mut().zip(t) {
                         *rank += if t > thresholds[(*rank + step - 1) as usize & 255] { step } else { 0 };
@@ -169,6 +193,9 @@ impl Code256 {
         }
     }
 }
+
+/// The larger run of the 8-bit loop: its look-ups then lie far enough from the vector code that waits for them.
+const LONG_RUN: usize = 256;
 
 #[inline(always)]
 unsafe fn blocks_8bit<T: Element>(
@@ -186,16 +213,34 @@ unsafe fn blocks_8bit<T: Element>(
             let (x, codes) = (x.add(start), codes.add(start));
             let scale = block_absmax(x, count);
             absmax.add(block).write_unaligned(scale);
-            for_runs(
-                x,
-                count,
-                |i, values| codes.add(i).cast::<[u8; LANES]>().write_unaligned(table.codes(quotients(values, scale))),
-                |i, values, length| {
-                    let bytes = table.codes(quotients(values, scale));
-                    std::ptr::copy_nonoverlapping(bytes.as_ptr(), codes.add(i), length);
-                },
-            );
+            if count.is_multiple_of(LONG_RUN) {
+                encode_8bit::<T, LONG_RUN>(x, count, scale, table, codes);
+            } else {
+                encode_8bit::<T, LANES>(x, count, scale, table, codes);
+            }
         }
+    }
+}
+
+#[inline(always)]
+unsafe fn encode_8bit<T: Element, const N: usize>(
+    x: *const T,
+    count: usize,
+    scale: f32,
+    table: &Code256,
+    codes: *mut u8,
+) {
+    // SAFETY: the caller holds `count` elements at `x` and room for as many bytes at `codes`.
+    unsafe {
+        for_runs::<T, N>(
+            x,
+            count,
+            |i, values| codes.add(i).cast::<[u8; N]>().write_unaligned(table.codes(quotients(values, scale))),
+            |i, values, length| {
+                let bytes = table.codes(quotients(values, scale));
+                std::ptr::copy_nonoverlapping(bytes.as_ptr(), codes.add(i), length);
+            },
+        );
     }
 }
 
@@ -234,7 +279,7 @@ pub(crate) unsafe fn quantize_4bit(
     absmax: u64,
     threads: usize,
 ) -> Result<()> {
-    unsafe fn typed<T: Element>(
+    unsafe fn typed<T: Wide>(
         blocks: Blocks,
         x: u64,
         table: &Steps,

@@ -18,10 +18,12 @@ fn quantize_grid(blocks: Blocks) -> Grid {
     Grid::Resident(blocks.n.div_ceil(elements) as u64)
 }
 
-/// Elements that a block of dequantize.cu takes at a time: 256 threads, 4 vectors of 16 bytes each.
-fn dequantize_pieces(blocks: Blocks) -> u64 {
-    let elements = 256 * 4 * (16 / blocks.dtype.size());
-    blocks.n.div_ceil(elements) as u64
+/// Rows of 256 vectors that a block of dequantize.cu takes, and how many blocks that makes: four rows, or one while that leaves
+/// fewer blocks than a large GPU has places.
+fn dequantize_grid(blocks: Blocks) -> (i32, Grid) {
+    let row = 256 * (16 / blocks.dtype.size());
+    let rows = if blocks.n < 1024 * row { 1 } else { 4 };
+    (rows as i32, Grid::Pieces(blocks.n.div_ceil(rows * row) as u64))
 }
 
 fn describe(blocks: Blocks) -> String {
@@ -125,10 +127,10 @@ pub unsafe fn dequantize_8bit(
 ) -> Result<()> {
     let (n, log2_blocksize) = (blocks.n as i64, blocks.log2_blocksize());
     let kernel = Kernel::Dequantize8(blocks.dtype);
-    let grid = Grid::Pieces(dequantize_pieces(blocks));
+    let (rows, grid) = dequantize_grid(blocks);
     let launch = Launch { device, stream, kernel, grid, describe: &|| describe(blocks) };
     // SAFETY: the parameters of dequantize.cu's 8-bit kernels, in order; memory by the caller's promise.
-    unsafe { launch.run(arguments![codes, code, absmax, out, n, log2_blocksize]) }
+    unsafe { launch.run(arguments![codes, code, absmax, out, n, log2_blocksize, rows]) }
 }
 
 /// # Safety
@@ -143,14 +145,14 @@ pub unsafe fn dequantize_4bit(
     stream: u64,
 ) -> Result<()> {
     let (n, log2_blocksize, quant_type) = (blocks.n as i64, blocks.log2_blocksize(), quant_type as i32);
-    let grid = Grid::Pieces(dequantize_pieces(blocks));
+    let (rows, grid) = dequantize_grid(blocks);
     let describe = || describe(blocks);
     match absmax {
         Absmax::Plain(absmax) => {
             let kernel = Kernel::Dequantize4(blocks.dtype);
             let launch = Launch { device, stream, kernel, grid, describe: &describe };
             // SAFETY: the parameters of dequantize_4bit_*, in order; memory by the caller's promise.
-            unsafe { launch.run(arguments![codes, absmax, out, n, log2_blocksize, quant_type]) }
+            unsafe { launch.run(arguments![codes, absmax, out, n, log2_blocksize, quant_type, rows]) }
         }
         Absmax::Nested { codes: absmax_codes, code, absmax, blocksize, offset } => {
             let log2_nested = blocksize.trailing_zeros() as i32;
@@ -168,7 +170,8 @@ pub unsafe fn dequantize_4bit(
                     out,
                     n,
                     log2_blocksize,
-                    quant_type
+                    quant_type,
+                    rows
                 ])
             }
         }

@@ -18,6 +18,8 @@ const MAX_DEVICES: usize = 64;
 pub struct Device {
     /// Its multiprocessors.
     pub multiprocessors: u32,
+    /// Whether a kernel may start before the previous one of its stream has ended.
+    pub overlaps_launches: bool,
     /// The image that its kernels come from.
     pub target: &'static str,
     context: sys::CUcontext,
@@ -103,7 +105,13 @@ fn open(ordinal: usize) -> Result<Device> {
     let (major, minor) = info.capability;
     let target = info.target.ok_or(Error::UnsupportedDevice { device: info.name, major, minor })?;
     let multiprocessors = attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT, device)? as u32;
-    Ok(Device { multiprocessors, target, context, functions: [const { OnceLock::new() }; Kernel::COUNT] })
+    Ok(Device {
+        multiprocessors,
+        overlaps_launches: major >= 9,
+        target,
+        context,
+        functions: [const { OnceLock::new() }; Kernel::COUNT],
+    })
 }
 
 impl Device {

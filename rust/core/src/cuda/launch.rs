@@ -115,7 +115,8 @@ pub enum Grid {
     Pieces(u64),
     /// As many as the device holds at once, or as there is work for: each loops over its share.
     Resident(u64),
-    /// At most one a multiprocessor, all running together so that they can wait for each other.
+    /// At most one a multiprocessor, all running together so that they can wait for each other. From compute capability 9.0 on
+    /// they may start before the previous kernel of the stream has ended: the kernel itself waits for it.
     Cooperative(u64),
 }
 
@@ -143,10 +144,11 @@ impl Launch<'_> {
         let device = device(self.device)?;
         let _entered = device.enter()?;
         let function = device.function(self.kernel)?;
+        let resident = |blocks_each: u32| u64::from(device.multiprocessors * blocks_each);
         let (blocks, cooperative) = match self.grid {
             Grid::Pieces(pieces) => (pieces, false),
-            Grid::Resident(pieces) => (pieces.min(u64::from(device.multiprocessors * function.resident)), false),
-            Grid::Cooperative(pieces) => (pieces.min(u64::from(device.multiprocessors)), pieces > 1),
+            Grid::Resident(pieces) => (pieces.min(resident(function.resident)), false),
+            Grid::Cooperative(pieces) => (pieces.min(resident(1)), true),
         };
         // The kernels loop over whatever a grid leaves over.
         let grid = (blocks.clamp(1, 0x7fff_ffff) as u32, 1, 1);
@@ -154,7 +156,9 @@ impl Launch<'_> {
         let stream = self.stream as sys::CUstream;
         // SAFETY: the function belongs to the entered context, and so does the stream; the rest is the caller's promise.
         let launched = unsafe {
-            if cooperative {
+            if cooperative && device.overlaps_launches {
+                launch_overlapping(function.handle, grid, block, stream, arguments)
+            } else if cooperative {
                 result::launch_cooperative_kernel(function.handle, grid, block, 0, stream, arguments)
             } else {
                 result::launch_kernel(function.handle, grid, block, 0, stream, arguments)
@@ -167,4 +171,44 @@ impl Launch<'_> {
             words: words(error),
         })
     }
+}
+
+/// A cooperative launch that may begin while the previous kernel of the stream still runs.
+///
+/// # Safety
+/// As [`Launch::run`]; the kernel waits for the previous one before it touches what that one writes.
+unsafe fn launch_overlapping(
+    function: sys::CUfunction,
+    grid: (u32, u32, u32),
+    block: (u32, u32, u32),
+    stream: sys::CUstream,
+    arguments: &mut [*mut c_void],
+) -> std::result::Result<(), result::DriverError> {
+    let attribute = |id, set: fn(&mut sys::CUlaunchAttributeValue)| {
+        // SAFETY: plain numbers, for which zero is a value.
+        let mut attribute: sys::CUlaunchAttribute = unsafe { std::mem::zeroed() };
+        attribute.id = id;
+        set(&mut attribute.value);
+        attribute
+    };
+    let mut attributes = [
+        attribute(sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_COOPERATIVE, |value| value.cooperative = 1),
+        attribute(sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION, |value| {
+            value.programmaticStreamSerializationAllowed = 1;
+        }),
+    ];
+    let config = sys::CUlaunchConfig {
+        gridDimX: grid.0,
+        gridDimY: grid.1,
+        gridDimZ: grid.2,
+        blockDimX: block.0,
+        blockDimY: block.1,
+        blockDimZ: block.2,
+        sharedMemBytes: 0,
+        hStream: stream,
+        attrs: attributes.as_mut_ptr(),
+        numAttrs: attributes.len() as u32,
+    };
+    // SAFETY: the configuration and its attributes outlive the call; the rest is the caller's promise.
+    unsafe { sys::cuLaunchKernelEx(&config, function, arguments.as_mut_ptr(), ptr::null_mut()) }.result()
 }
