@@ -6,6 +6,23 @@
 
 from typing import Any
 
+__all__ = [
+    "Error",
+    "__version__",
+    "built_with_cuda",
+    "codebook",
+    "cpu_info",
+    "dequantize_4bit",
+    "dequantize_4bit_nested",
+    "dequantize_blockwise",
+    "driver_info",
+    "images",
+    "nested_workspace_size",
+    "quantize_4bit",
+    "quantize_4bit_nested",
+    "quantize_blockwise",
+]
+
 __version__: str
 built_with_cuda: bool
 

@@ -1,0 +1,126 @@
+"""The ordinary call in the fewest steps.
+
+A decode loop makes hundreds of these calls a token, so their time on the host counts. Each function here asks, as
+cheaply as Python can, whether everything is as it nearly always is (plain dense tensors on one device, nobody tracing),
+and then makes the native call; otherwise it returns None and `_launch` or `_ops` do the work, or say what is wrong.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fewbits import _native
+from fewbits._checks import BLOCKSIZES, DTYPES, QUANT_TYPES
+from fewbits._launch import PLAIN_TYPES, is_observed
+from fewbits.codebook import is_default_map
+from fewbits.quant_state import QuantState
+
+_Tensor, _Size, _uint8, _float32 = torch.Tensor, torch.Size, torch.uint8, torch.float32
+_get_num_threads, _strided = torch.get_num_threads, torch.strided
+
+
+def quantize_4bit(
+    A: Any, blocksize: Any, quant_type: Any, quant_storage: Any
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Return (codes, absmax), or None if this is not an ordinary call."""
+    if type(A) not in PLAIN_TYPES or is_observed() or type(quant_type) is not str or type(blocksize) is not int:
+        return None
+    number, dtype = QUANT_TYPES.get(quant_type), DTYPES.get(A.dtype)
+    if number is None or dtype is None or quant_storage is not torch.uint8 or blocksize not in BLOCKSIZES:
+        return None
+    n = A.numel()
+    target = _target(A)
+    if target is None or n == 0 or not A.is_contiguous() or A.is_neg():
+        return None
+    codes = A.new_empty(((n + 1) // 2, 1), dtype=torch.uint8)
+    absmax = A.new_empty((n + blocksize - 1) // blocksize, dtype=_float32)
+    _native.quantize_4bit(A.data_ptr(), n, dtype, blocksize, number, codes.data_ptr(), absmax.data_ptr(), *target)
+    return codes, absmax
+
+
+def dequantize_4bit(
+    A: Any, state: QuantState, dtype: torch.dtype | None, out: torch.Tensor | None
+) -> torch.Tensor | None:
+    """Return the values, or None if this is not an ordinary call."""
+    absmax, shape, quant_type = state.absmax, state.shape, state.quant_type
+    blocksize: Any = state.blocksize
+    if type(A) not in PLAIN_TYPES or type(absmax) is not _Tensor or type(shape) is not _Size or is_observed():
+        return None
+    number, dtype_number = QUANT_TYPES.get(quant_type), DTYPES.get(dtype)  # type: ignore[arg-type]
+    if number is None or dtype_number is None or blocksize not in BLOCKSIZES or A.dtype is not _uint8:
+        return None
+    n: int = shape.numel()
+    blocks = (n + blocksize - 1) // blocksize
+    target = _target(A)
+    if target is None or n == 0 or A.numel() != (n + 1) // 2 or not A.is_contiguous():
+        return None
+    ordinal, queue = target
+    if out is not None and not (type(out) is _Tensor and out.shape == shape and _fits(out, dtype, n, ordinal)):
+        return None
+    if not state.nested:
+        if not _fits(absmax, _float32, blocks, ordinal):
+            return None
+        values: torch.Tensor = A.new_empty(shape, dtype=dtype) if out is None else out
+        _native.dequantize_4bit(
+            A.data_ptr(), n, blocksize, number, absmax.data_ptr(), values.data_ptr(), dtype_number, ordinal, queue
+        )
+    else:
+        nested = _nested(state, blocks, ordinal)
+        if nested is None:
+            return None
+        values = A.new_empty(shape, dtype=dtype) if out is None else out
+        _native.dequantize_4bit_nested(
+            A.data_ptr(), n, blocksize, number, *nested, values.data_ptr(), dtype_number, ordinal, queue
+        )
+    if out is not None and not out.is_inference():
+        torch.autograd.graph.increment_version(out)
+    return values
+
+
+def _nested(state: QuantState, blocks: int, ordinal: int) -> tuple[int, int, int, int, int] | None:
+    """Return what the kernel reads of a nested state: absmax codes, code, nested absmax, its block size, offset."""
+    absmax, offset, state2 = state.absmax, state.offset, state.state2
+    if state2 is None:
+        return None
+    code, maxima = state2.code, state2.absmax
+    blocksize: Any = state2.blocksize
+    if not (
+        type(offset) is torch.Tensor
+        and type(maxima) is torch.Tensor
+        and type(code) is torch.Tensor
+        and blocksize in BLOCKSIZES
+        and _fits(absmax, torch.uint8, blocks, ordinal)
+        and _fits(offset, _float32, 1, ordinal)
+        and _fits(maxima, _float32, (blocks + blocksize - 1) // blocksize, ordinal)
+    ):
+        return None
+    if is_default_map(code):
+        address = 0
+    elif _fits(code, _float32, 256, ordinal):
+        address = code.data_ptr()
+    else:
+        return None
+    return absmax.data_ptr(), address, maxima.data_ptr(), blocksize, offset.data_ptr()
+
+
+def _target(A: torch.Tensor) -> tuple[int, int] | None:
+    """Return the native device and queue of a dense tensor."""
+    if A.layout is not _strided:
+        return None
+    if A.is_cuda:
+        ordinal = A.get_device()
+        return ordinal, torch._C._cuda_getCurrentRawStream(ordinal)
+    return (-1, _get_num_threads()) if A.is_cpu else None
+
+
+def _fits(tensor: torch.Tensor, dtype: torch.dtype | None, count: int, ordinal: int) -> bool:
+    """Return whether a kernel on the device `ordinal` can use a tensor as it is."""
+    return (
+        tensor.dtype is dtype
+        and tensor.numel() == count
+        and tensor.is_contiguous()
+        and (tensor.is_cpu if ordinal < 0 else tensor.is_cuda and tensor.get_device() == ordinal)
+        and not tensor.is_neg()
+    )
