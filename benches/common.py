@@ -23,6 +23,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+import fewbits
+
 RESULTS = Path(__file__).parent / "results"
 Row = dict[str, Any]
 Call = Callable[[], object]
@@ -113,7 +115,7 @@ def environment(device: torch.device) -> Row:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "threads": torch.get_num_threads(),
-        "fewbits": metadata.version("fewbits"),
+        "fewbits": fewbits.__version__,
         "bitsandbytes": metadata.version("bitsandbytes") if bitsandbytes() else None,
         "commit": _commit(),
         "date": datetime.now(timezone.utc).date().isoformat(),
