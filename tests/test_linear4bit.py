@@ -179,6 +179,14 @@ def test_autocast(dtype: torch.dtype, device: torch.device) -> None:
     assert (x.grad.dtype, layer.bias.grad.dtype) == (dtype, torch.float32)
 
 
+def test_autocast_leaves_float64_alone() -> None:
+    layer = make()
+    x = randn(3, K).double()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = fewbits.matmul_4bit(x, layer.weight.data, layer.quant_state)
+    assert torch.equal(y, x @ dense(layer, torch.float32).double().t())
+
+
 def test_vmap() -> None:
     layer = make()
     x = randn(4, 3, K)

@@ -37,9 +37,10 @@ __device__ __forceinline__ double warp_sum(double sum) {
 template <class T>
 __device__ __forceinline__ void load_run(const T* values, i64 block, i64 count, bool aligned, T (&v)[RUN]) {
     const i64 first = block * NESTED + threadIdx.x % WARP * RUN;
-    if (sizeof(T) == 4 && aligned && first + RUN <= count) {
-        *reinterpret_cast<float4*>(v) = *reinterpret_cast<const float4*>(values + first);
-        *reinterpret_cast<float4*>(v + 4) = *reinterpret_cast<const float4*>(values + first + 4);
+    if (aligned && first + RUN <= count) {
+#pragma unroll
+        for (int i = 0; i < RUN; i += 16 / sizeof(T))
+            *reinterpret_cast<uint4*>(v + i) = *reinterpret_cast<const uint4*>(values + first + i);
         return;
     }
 #pragma unroll
@@ -102,13 +103,13 @@ __device__ __forceinline__ void meet(unsigned* counter) {
     __syncthreads();
 }
 
-// Sum of a group of partials, in every lane.
+// Sum of a group of partials, in every lane. They start on 16 bytes.
 __device__ __forceinline__ double group_sum(const double* level, i64 group, i64 length) {
     double sum = 0.0;
-#pragma unroll
+#pragma unroll 1
     for (int b = 0; b < BLOCKS; b++) {
         double v[RUN];
-        load_run(level, group * BLOCKS + b, length, false, v);
+        load_run(level, group * BLOCKS + b, length, true, v);
         sum = add_run(sum, v);
     }
     return warp_sum(sum);
@@ -125,14 +126,18 @@ __device__ __forceinline__ double total(const double* level, i64 length, double*
         if (lane == 0) sums[group] = sum;
     }
     __syncthreads();
-    return groups == 1 ? sums[0] : group_sum(sums, 0, groups);
+    if (groups > RUN) return group_sum(sums, 0, groups);
+    // These all lie in the first lane's run: what the others would add is 0.
+    double sum = 0.0;
+    for (int i = 0; i < groups; i++) sum = __dadd_rn(sum, sums[i]);
+    return sum;
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
     quantize_absmax(const float* absmax, i64 count, double* partials, unsigned* counter, float* offset, u8* absmax_codes,
                     float* nested_absmax) {
     __shared__ unsigned entries[DYNAMIC_LENGTH];
-    __shared__ double sums[MAX_SUMS];
+    __shared__ __align__(16) double sums[MAX_SUMS];
     load_table(entries, DYNAMIC_ENTRIES, DYNAMIC_LENGTH);
     wait_for_previous_kernel();
 
