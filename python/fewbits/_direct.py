@@ -79,6 +79,55 @@ def dequantize_4bit(
     return values
 
 
+def quantize_blockwise(A: Any, code: torch.Tensor | None, blocksize: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Return (codes, absmax) by the signed dynamic map, or None if this is not an ordinary call."""
+    if type(A) not in PLAIN_TYPES or is_observed() or type(blocksize) is not int or blocksize not in BLOCKSIZES:
+        return None
+    if code is not None and (type(code) is not torch.Tensor or not is_default_map(code)):
+        return None
+    n, dtype, target = A.numel(), DTYPES.get(A.dtype), _target(A)
+    if dtype is None or target is None or n == 0 or not A.is_contiguous() or A.is_neg():
+        return None
+    codes = A.new_empty(A.shape, dtype=torch.uint8)
+    absmax = A.new_empty((n + blocksize - 1) // blocksize, dtype=torch.float32)
+    _native.quantize_blockwise(A.data_ptr(), n, dtype, blocksize, 0, codes.data_ptr(), absmax.data_ptr(), *target)
+    return codes, absmax
+
+
+def dequantize_blockwise(A: Any, state: QuantState, out: torch.Tensor | None) -> torch.Tensor | None:
+    """Return the values, or None if this is not an ordinary call."""
+    absmax, code, blocksize = state.absmax, state.code, state.blocksize
+    if type(A) not in PLAIN_TYPES or type(absmax) is not torch.Tensor or state.nested or is_observed():
+        return None
+    dtype = DTYPES.get(state.dtype)  # type: ignore[arg-type]
+    if dtype is None or type(code) is not torch.Tensor or blocksize not in BLOCKSIZES or A.dtype is not torch.uint8:
+        return None
+    assert blocksize is not None
+    n, target = A.numel(), _target(A)
+    if target is None or n == 0 or not A.is_contiguous():
+        return None
+    ordinal, queue = target
+    if not _fits(absmax, torch.float32, (n + blocksize - 1) // blocksize, ordinal):
+        return None
+    if out is not None and not (
+        type(out) is torch.Tensor and out.shape == A.shape and _fits(out, state.dtype, n, ordinal)
+    ):
+        return None
+    if is_default_map(code):
+        address = 0
+    elif _fits(code, torch.float32, 256, ordinal):
+        address = code.data_ptr()
+    else:
+        return None
+    values: torch.Tensor = A.new_empty(A.shape, dtype=state.dtype) if out is None else out
+    _native.dequantize_blockwise(
+        A.data_ptr(), n, blocksize, address, absmax.data_ptr(), values.data_ptr(), dtype, ordinal, queue
+    )
+    if out is not None and not out.is_inference():
+        torch.autograd.graph.increment_version(out)
+    return values
+
+
 def _nested(state: QuantState, blocks: int, ordinal: int) -> tuple[int, int, int, int, int] | None:
     """Return what the kernel reads of a nested state: absmax codes, code, nested absmax, its block size, offset."""
     absmax, offset, state2 = state.absmax, state.offset, state.state2

@@ -325,6 +325,12 @@ def quantize_blockwise(
     >>> codes.tolist(), state.absmax.tolist()
     ([127, 255], [2.0])
     """
+    if absmax is None and out is None and not nested:
+        done = _direct.quantize_blockwise(A, code, blocksize)
+        if done is not None:
+            return done[0], QuantState(
+                done[1], code=shared_table("dynamic", A.device), blocksize=blocksize, dtype=A.dtype
+            )
     _checks.check_quantize(A, blocksize)
     code = _own_code(code, A.device)
     run: Any = _backend(A, code, absmax, out)
@@ -380,6 +386,10 @@ def dequantize_blockwise(
     >>> dequantize_blockwise(*quantize_blockwise(torch.tensor([0.0, 2.0]))).tolist()
     [0.0, 2.0]
     """
+    if type(quant_state) is QuantState:
+        done = _direct.dequantize_blockwise(A, quant_state, out)
+        if done is not None:
+            return done
     _checks.check_tensor("A", A)
     if out is not None:
         _checks.check_floating("out", out)

@@ -31,7 +31,10 @@ fn table(
         .ok_or_else(|| format!("{name}: two thresholds in one bucket"))?;
     writeln!(text, "constexpr int {name}_LENGTH = {}, {name}_ORIGIN = {};", table.entries.len(), table.origin)?;
     writeln!(text, "constexpr float {name}_SCALE = {:e}f;", table.scale)?;
-    write!(text, "__device__ const unsigned {name}_ENTRIES[{name}_LENGTH] = {{")?;
+    // Whole 16-byte vectors, so that it can be copied by them.
+    let padded = table.entries.len().next_multiple_of(4);
+    writeln!(text, "constexpr int {name}_PADDED = {padded};")?;
+    write!(text, "__device__ const __align__(16) unsigned {name}_ENTRIES[{padded}] = {{")?;
     for entry in &table.entries {
         write!(text, "{entry}u,")?;
     }

@@ -123,6 +123,12 @@ __device__ __forceinline__ void dequantize(const u8* codes, const Decode& decode
     }
 }
 
+// Asks for this thread's first codes while the tables are being loaded. A small tensor is bound by such latencies.
+__device__ __forceinline__ void prefetch_codes(const u8* codes, i64 n, int per_byte) {
+    const i64 first = ((i64)blockIdx.x * THREADS + threadIdx.x) * 8 / per_byte;
+    if (first * per_byte < n) prefetch(codes + first);
+}
+
 __device__ __forceinline__ Decode4 load_values_4bit(float (&shared)[16], int quant_type) {
     if (threadIdx.x < 16) shared[threadIdx.x] = (quant_type == QUANT_TYPE_FP4 ? FP4_VALUES : NF4_VALUES)[threadIdx.x];
     return Decode4{shared};
@@ -132,6 +138,7 @@ __device__ __forceinline__ Decode4 load_values_4bit(float (&shared)[16], int qua
     extern "C" __global__ void __launch_bounds__(THREADS) dequantize_4bit_##DTYPE(                                       \
         const u8* codes, const float* absmax, E::storage* out, i64 n, int log2_blocksize, int quant_type, int rows) {    \
         __shared__ float values[16];                                                                                     \
+        prefetch_codes(codes, n, 2);                                                                                         \
         const Decode4 decode = load_values_4bit(values, quant_type);                                                     \
         __syncthreads();                                                                                                 \
         dequantize<E>(codes, decode, PlainAbsmax{absmax}, out, n, log2_blocksize, rows);                                     \
@@ -141,6 +148,7 @@ __device__ __forceinline__ Decode4 load_values_4bit(float (&shared)[16], int qua
         int log2_nested_blocksize, const float* offset, E::storage* out, i64 n, int log2_blocksize, int quant_type,      \
         int rows) {                                                                                                     \
         __shared__ float values[16], nested[256];                                                                        \
+        prefetch_codes(codes, n, 2);                                                                                         \
         const Decode4 decode = load_values_4bit(values, quant_type);                                                     \
         nested[threadIdx.x] = nested_code ? nested_code[threadIdx.x] : DYNAMIC_VALUES[threadIdx.x];                      \
         __syncthreads();                                                                                                 \
@@ -149,6 +157,7 @@ __device__ __forceinline__ Decode4 load_values_4bit(float (&shared)[16], int qua
     }                                                                                                                    \
     extern "C" __global__ void __launch_bounds__(THREADS) dequantize_8bit_##DTYPE(                                       \
         const u8* codes, const float* code, const float* absmax, E::storage* out, i64 n, int log2_blocksize, int rows) {           \
+        prefetch_codes(codes, n, 1);                                                                                         \
         __shared__ float values[256 * COPIES];                                                                           \
         const float value = code ? code[threadIdx.x] : DYNAMIC_VALUES[threadIdx.x];                                      \
         for (int copy = 0; copy < COPIES; copy++) values[threadIdx.x * COPIES + copy] = value;                           \

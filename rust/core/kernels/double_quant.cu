@@ -136,7 +136,7 @@ __device__ __forceinline__ double total(const double* level, i64 length, double*
 extern "C" __global__ void __launch_bounds__(THREADS)
     quantize_absmax(const float* absmax, i64 count, double* partials, unsigned* counter, float* offset, u8* absmax_codes,
                     float* nested_absmax) {
-    __shared__ unsigned entries[DYNAMIC_LENGTH];
+    __shared__ __align__(16) unsigned entries[DYNAMIC_PADDED];
     __shared__ __align__(16) double sums[MAX_SUMS];
     load_table(entries, DYNAMIC_ENTRIES, DYNAMIC_LENGTH);
     wait_for_previous_kernel();

@@ -28,9 +28,10 @@ __device__ __forceinline__ unsigned nearest_four(const Nearest& table, float a, 
     return __byte_perm(ab, cd, 0x5410);
 }
 
-// Copies a bucket table into shared memory; the caller synchronizes.
+// Copies a bucket table, padded to 16 bytes, into shared memory; the caller synchronizes.
 __device__ __forceinline__ void load_table(unsigned* shared, const unsigned* table, int length) {
-    for (int i = threadIdx.x; i < length; i += blockDim.x) shared[i] = table[i];
+    for (int i = threadIdx.x; i < (length + 3) / 4; i += blockDim.x)
+        reinterpret_cast<uint4*>(shared)[i] = reinterpret_cast<const uint4*>(table)[i];
 }
 
 // NaN reads as 0, infinities as the largest finite values.

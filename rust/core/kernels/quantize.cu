@@ -103,7 +103,7 @@ struct Encode8 {
 
     struct Shared {
         union {
-            unsigned entries[DYNAMIC_LENGTH];
+            __align__(16) unsigned entries[DYNAMIC_PADDED];
             struct {
                 float values[256], thresholds[255];
                 u8 code_of_rank[256];
