@@ -7,6 +7,7 @@ and then makes the native call; otherwise it returns None and `_launch` or `_ops
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ def quantize_4bit(
     target = _target(A)
     if target is None or n == 0 or not A.is_contiguous() or A.is_neg():
         return None
-    codes = A.new_empty(((n + 1) // 2, 1), dtype=torch.uint8)
+    codes = _empty(A, ((n + 1) // 2, 1), torch.uint8)
     absmax = A.new_empty((n + blocksize - 1) // blocksize, dtype=_float32)
     _native.quantize_4bit(A.data_ptr(), n, dtype, blocksize, number, codes.data_ptr(), absmax.data_ptr(), *target)
     return codes, absmax
@@ -62,7 +63,7 @@ def dequantize_4bit(
     if not state.nested:
         if not _fits(absmax, _float32, blocks, ordinal):
             return None
-        values: torch.Tensor = A.new_empty(shape, dtype=dtype) if out is None else out
+        values: torch.Tensor = _empty(A, shape, dtype) if out is None else out
         _native.dequantize_4bit(
             A.data_ptr(), n, blocksize, number, absmax.data_ptr(), values.data_ptr(), dtype_number, ordinal, queue
         )
@@ -70,7 +71,7 @@ def dequantize_4bit(
         nested = _nested(state, blocks, ordinal)
         if nested is None:
             return None
-        values = A.new_empty(shape, dtype=dtype) if out is None else out
+        values = _empty(A, shape, dtype) if out is None else out
         _native.dequantize_4bit_nested(
             A.data_ptr(), n, blocksize, number, *nested, values.data_ptr(), dtype_number, ordinal, queue
         )
@@ -88,7 +89,7 @@ def quantize_blockwise(A: Any, code: torch.Tensor | None, blocksize: Any) -> tup
     n, dtype, target = A.numel(), DTYPES.get(A.dtype), _target(A)
     if dtype is None or target is None or n == 0 or not A.is_contiguous() or A.is_neg():
         return None
-    codes = A.new_empty(A.shape, dtype=torch.uint8)
+    codes = _empty(A, A.shape, torch.uint8)
     absmax = A.new_empty((n + blocksize - 1) // blocksize, dtype=torch.float32)
     _native.quantize_blockwise(A.data_ptr(), n, dtype, blocksize, 0, codes.data_ptr(), absmax.data_ptr(), *target)
     return codes, absmax
@@ -119,7 +120,7 @@ def dequantize_blockwise(A: Any, state: QuantState, out: torch.Tensor | None) ->
         address = code.data_ptr()
     else:
         return None
-    values: torch.Tensor = A.new_empty(A.shape, dtype=state.dtype) if out is None else out
+    values: torch.Tensor = _empty(A, A.shape, state.dtype) if out is None else out
     _native.dequantize_blockwise(
         A.data_ptr(), n, blocksize, address, absmax.data_ptr(), values.data_ptr(), dtype, ordinal, queue
     )
@@ -152,6 +153,14 @@ def _nested(state: QuantState, blocks: int, ordinal: int) -> tuple[int, int, int
     else:
         return None
     return absmax.data_ptr(), address, maxima.data_ptr(), blocksize, offset.data_ptr()
+
+
+def _empty(A: torch.Tensor, shape: Sequence[int], dtype: torch.dtype | None) -> torch.Tensor:
+    """Return contiguous memory on the device of `A`."""
+    if len(shape) == 2:  # half the time of new_empty, which reads its sizes in a slower way
+        rows, columns = shape
+        return torch.empty_strided((rows, columns), (columns, 1), dtype=dtype, device=A.device)
+    return A.new_empty(shape, dtype=dtype)
 
 
 def _target(A: torch.Tensor) -> tuple[int, int] | None:
