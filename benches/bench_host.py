@@ -76,7 +76,7 @@ def call_rows(device: torch.device, peer: ModuleType | None) -> list[Row]:
     return [*rows, {"work": "torch F.linear, for scale", "us": us}]
 
 
-def process_us(program: str, runs: int = 3) -> float:
+def process_us(program: str, runs: int = 2) -> float:
     """Median of what fresh processes print, seconds to microseconds; the first warms the file cache."""
     command = [sys.executable, "-c", program]
     times = [

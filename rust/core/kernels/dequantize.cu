@@ -123,8 +123,10 @@ __device__ __forceinline__ void dequantize(const u8* codes, const Decode& decode
     }
 }
 
-// Asks for this thread's first codes while the tables are being loaded. A small tensor is bound by such latencies.
-__device__ __forceinline__ void prefetch_codes(const u8* codes, i64 n, int per_byte) {
+// Asks for this thread's first codes while the tables are being loaded. A small tensor is bound by such latencies; a large one
+// would only pay for the instruction.
+__device__ __forceinline__ void prefetch_codes(const u8* codes, i64 n, int per_byte, int rows) {
+    if (rows > 1) return;
     const i64 first = ((i64)blockIdx.x * THREADS + threadIdx.x) * 8 / per_byte;
     if (first * per_byte < n) prefetch(codes + first);
 }
@@ -138,7 +140,7 @@ __device__ __forceinline__ Decode4 load_values_4bit(float (&shared)[16], int qua
     extern "C" __global__ void __launch_bounds__(THREADS) dequantize_4bit_##DTYPE(                                       \
         const u8* codes, const float* absmax, E::storage* out, i64 n, int log2_blocksize, int quant_type, int rows) {    \
         __shared__ float values[16];                                                                                     \
-        prefetch_codes(codes, n, 2);                                                                                         \
+        prefetch_codes(codes, n, 2, rows);                                                                                   \
         const Decode4 decode = load_values_4bit(values, quant_type);                                                     \
         __syncthreads();                                                                                                 \
         dequantize<E>(codes, decode, PlainAbsmax{absmax}, out, n, log2_blocksize, rows);                                     \
@@ -148,7 +150,7 @@ __device__ __forceinline__ Decode4 load_values_4bit(float (&shared)[16], int qua
         int log2_nested_blocksize, const float* offset, E::storage* out, i64 n, int log2_blocksize, int quant_type,      \
         int rows) {                                                                                                     \
         __shared__ float values[16], nested[256];                                                                        \
-        prefetch_codes(codes, n, 2);                                                                                         \
+        prefetch_codes(codes, n, 2, rows);                                                                                   \
         const Decode4 decode = load_values_4bit(values, quant_type);                                                     \
         nested[threadIdx.x] = nested_code ? nested_code[threadIdx.x] : DYNAMIC_VALUES[threadIdx.x];                      \
         __syncthreads();                                                                                                 \
@@ -157,7 +159,7 @@ __device__ __forceinline__ Decode4 load_values_4bit(float (&shared)[16], int qua
     }                                                                                                                    \
     extern "C" __global__ void __launch_bounds__(THREADS) dequantize_8bit_##DTYPE(                                       \
         const u8* codes, const float* code, const float* absmax, E::storage* out, i64 n, int log2_blocksize, int rows) {           \
-        prefetch_codes(codes, n, 1);                                                                                         \
+        prefetch_codes(codes, n, 1, rows);                                                                                   \
         __shared__ float values[256 * COPIES];                                                                           \
         const float value = code ? code[threadIdx.x] : DYNAMIC_VALUES[threadIdx.x];                                      \
         for (int copy = 0; copy < COPIES; copy++) values[threadIdx.x * COPIES + copy] = value;                           \
