@@ -93,11 +93,21 @@ pub(crate) fn sum(values: &[f32]) -> f64 {
 }
 
 fn group_sum<T: Copy + Into<f64>>(group: &[T]) -> f64 {
+    const RUN: usize = NESTED_BLOCKSIZE / 32;
     let mut lanes = [0.0f64; 32];
     for block in group.chunks(NESTED_BLOCKSIZE) {
-        for (lane, run) in lanes.iter_mut().zip(block.chunks(NESTED_BLOCKSIZE / 32)) {
-            for &value in run {
-                *lane += value.into();
+        if block.len() == NESTED_BLOCKSIZE {
+            // All lanes side by side: none waits for its own last sum.
+            for i in 0..RUN {
+                for (lane, run) in lanes.iter_mut().zip(block.chunks_exact(RUN)) {
+                    *lane += run[i].into();
+                }
+            }
+        } else {
+            for (lane, run) in lanes.iter_mut().zip(block.chunks(RUN)) {
+                for &value in run {
+                    *lane += value.into();
+                }
             }
         }
     }

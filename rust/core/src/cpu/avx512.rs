@@ -1,4 +1,4 @@
-//! 4-bit blocks with AVX-512, where the compiler finds no vector code: tables in registers.
+//! Blocks with AVX-512, where the compiler finds no vector code: tables in registers.
 //!
 //! These do whole blocks of ordinary numbers; callers fall back to the plain loops for the others. Same results, to the bit.
 
@@ -20,6 +20,12 @@ pub trait Wide: Element {
     /// # Safety
     /// AVX-512 is there; `codes` holds `count / 2` bytes, `out` has room for `count` elements.
     unsafe fn expand(codes: *const u8, results: __m512, out: *mut Self, count: usize);
+
+    /// Rounds and stores sixteen finite values.
+    ///
+    /// # Safety
+    /// AVX-512 is there; `out` has room for sixteen elements.
+    unsafe fn store16(values: __m512, out: *mut Self);
 }
 
 impl Wide for F32 {
@@ -28,6 +34,13 @@ impl Wide for F32 {
     unsafe fn widen16(x: *const Self) -> __m512 {
         // SAFETY: the caller's promise.
         unsafe { _mm512_loadu_ps(x.cast()) }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2")]
+    unsafe fn store16(values: __m512, out: *mut Self) {
+        // SAFETY: the caller's promise.
+        unsafe { _mm512_storeu_ps(out.cast(), values) };
     }
 
     /// High and low nibbles looked up apart, then interleaved.
@@ -62,12 +75,26 @@ impl Wide for Bf16 {
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2")]
     unsafe fn expand(codes: *const u8, results: __m512, out: *mut Self, count: usize) {
-        let bits = _mm512_castps_si512(results);
-        let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
-        let rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
         // SAFETY: the caller's promise.
-        unsafe { expand16(codes, _mm512_cvtepi32_epi16(_mm512_srli_epi32::<16>(rounded)), out.cast(), count) };
+        unsafe { expand16(codes, round_bf16(results), out.cast(), count) };
     }
+
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2")]
+    unsafe fn store16(values: __m512, out: *mut Self) {
+        // SAFETY: the caller's promise.
+        unsafe { _mm256_storeu_si256(out.cast(), round_bf16(values)) };
+    }
+}
+
+/// Sixteen finite values as bfloat16, ties to even.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2")]
+fn round_bf16(values: __m512) -> __m256i {
+    let bits = _mm512_castps_si512(values);
+    let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
+    let rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    _mm512_cvtepi32_epi16(_mm512_srli_epi32::<16>(rounded))
 }
 
 impl Wide for F16 {
@@ -81,10 +108,23 @@ impl Wide for F16 {
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2")]
     unsafe fn expand(codes: *const u8, results: __m512, out: *mut Self, count: usize) {
-        let table = _mm512_cvtps_ph::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(results);
         // SAFETY: the caller's promise.
-        unsafe { expand16(codes, table, out.cast(), count) };
+        unsafe { expand16(codes, round_f16(results), out.cast(), count) };
     }
+
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2")]
+    unsafe fn store16(values: __m512, out: *mut Self) {
+        // SAFETY: the caller's promise.
+        unsafe { _mm256_storeu_si256(out.cast(), round_f16(values)) };
+    }
+}
+
+/// Sixteen finite values as float16, ties to even.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2")]
+fn round_f16(values: __m512) -> __m256i {
+    _mm512_cvtps_ph::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(values)
 }
 
 /// Each byte becomes two 16-bit indices, one permutation looks both up.
@@ -174,4 +214,59 @@ pub unsafe fn quantize_block<T: Wide>(x: *const T, count: usize, table: &LinearB
         }
     }
     Some(scale)
+}
+
+/// A 256-entry table in sixteen registers.
+pub struct Table256([__m512; 16]);
+
+impl Table256 {
+    /// Loads the table.
+    ///
+    /// # Safety
+    /// AVX-512 is there.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2")]
+    pub unsafe fn new(values: &[f32; 256]) -> Self {
+        // SAFETY: sixteen values from each multiple of sixteen.
+        Self(std::array::from_fn(|i| unsafe { _mm512_loadu_ps(values.as_ptr().add(16 * i)) }))
+    }
+
+    /// Sixteen values: eight look-ups by an index's low five bits, of which the high three choose one.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2")]
+    fn look_up(&self, indices: __m512i) -> __m512 {
+        let found = |k: usize| _mm512_permutex2var_ps(self.0[2 * k], indices, self.0[2 * k + 1]);
+        let bit = |b: i32| _mm512_test_epi32_mask(indices, _mm512_set1_epi32(b));
+        let (b32, b64, b128) = (bit(32), bit(64), bit(128));
+        let pair = |k: usize| _mm512_mask_blend_ps(b32, found(k), found(k + 1));
+        let four = |k: usize| _mm512_mask_blend_ps(b64, pair(k), pair(k + 2));
+        _mm512_mask_blend_ps(b128, four(0), four(4))
+    }
+}
+
+/// Dequantizes `count` 8-bit codes of one block, a multiple of 16. `false`, with nothing written, if the scale is not finite.
+///
+/// # Safety
+/// AVX-512 is there; `codes` holds `count` bytes, `out` has room for `count` elements.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2")]
+pub unsafe fn dequantize_8bit<T: Wide>(
+    codes: *const u8,
+    table: &Table256,
+    scale: f32,
+    out: *mut T,
+    count: usize,
+) -> bool {
+    if !scale.is_finite() {
+        return false;
+    }
+    let scale = _mm512_set1_ps(scale);
+    for i in (0..count).step_by(16) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let indices = _mm512_cvtepu8_epi32(_mm_loadu_si128(codes.add(i).cast()));
+            T::store16(_mm512_mul_ps(table.look_up(indices), scale), out.add(i));
+        }
+    }
+    true
 }

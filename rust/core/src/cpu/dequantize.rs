@@ -5,7 +5,9 @@
 use std::sync::LazyLock;
 
 #[cfg(target_arch = "x86_64")]
-use super::avx512;
+use super::avx512::{self, Wide};
+#[cfg(not(target_arch = "x86_64"))]
+use super::element::Element as Wide;
 use super::element::{Bf16, Element, F16, F32};
 #[cfg(target_arch = "x86_64")]
 use super::path::Path;
@@ -142,7 +144,7 @@ pub(crate) unsafe fn dequantize_4bit(
 const RUN: usize = 256;
 
 #[inline(always)]
-unsafe fn blocks_8bit<T: Element>(
+unsafe fn blocks_8bit<T: Wide>(
     codes: *const u8,
     values: &[f32; 256],
     absmax: *const f32,
@@ -150,11 +152,22 @@ unsafe fn blocks_8bit<T: Element>(
     n: usize,
     blocksize: usize,
 ) {
+    #[cfg(target_arch = "x86_64")]
+    let table = (Path::chosen() == Path::Avx512 && values.iter().all(|value| value.is_finite()))
+        // SAFETY: this path is chosen only where the processor has AVX-512.
+        .then(|| unsafe { avx512::Table256::new(values) });
     for (block, start) in (0..n).step_by(blocksize).enumerate() {
         let end = n.min(start + blocksize);
         // SAFETY: the block lies within the caller's `n` codes and elements, its scale within the blocks.
         unsafe {
             let scale = absmax.add(block).read_unaligned();
+            #[cfg(target_arch = "x86_64")]
+            if let Some(table) = &table
+                && end - start == blocksize
+                && avx512::dequantize_8bit(codes.add(start), table, scale, out.add(start), blocksize)
+            {
+                continue;
+            }
             for first in (start..end).step_by(RUN) {
                 decode_8bit(codes.add(first), values, scale, out.add(first), RUN.min(end - first));
             }
@@ -183,7 +196,7 @@ unsafe fn decode_8bit<T: Element>(codes: *const u8, values: &[f32; 256], scale: 
 }
 
 multiversion! {
-    unsafe fn run_8bit[T: Element][T](
+    unsafe fn run_8bit[T: Wide][T](
         codes: *const u8, values: &[f32; 256], absmax: *const f32, out: *mut T, n: usize, blocksize: usize,
     ) => blocks_8bit
 }
@@ -198,7 +211,7 @@ pub(crate) unsafe fn dequantize_8bit(
     out: u64,
     threads: usize,
 ) -> Result<()> {
-    unsafe fn typed<T: Element>(
+    unsafe fn typed<T: Wide>(
         blocks: Blocks,
         codes: u64,
         values: &[f32; 256],
