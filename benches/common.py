@@ -81,11 +81,16 @@ def synchronize() -> None:
 
 
 def medians(timers: Sequence[Callable[[], float] | None], rounds: int = 7) -> list[float | None]:
-    """Medians of several timers, taken in turn so that a drifting machine hits all alike; round one is dropped."""
+    """Medians of several timers, taken in turn so that a drifting machine hits all alike; round one is dropped.
+
+    The threads of an OpenMP library go on spinning for a while after its work is done and would take a core from
+    whoever comes next, so each timer starts after a pause.
+    """
     samples: list[list[float]] = [[] for _ in timers]
     for turn in range(rounds + 1):
         for sample, timer in zip(samples, timers, strict=True):
             if timer is not None:
+                time.sleep(0.02)
                 value = timer()
                 if turn:
                     sample.append(value)
