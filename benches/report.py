@@ -89,9 +89,12 @@ def main() -> None:
     ]
     for path in files:
         lines += section(path, notes.get(path.stem, {}))
+    for path in sorted(RESULTS.glob("*.md")):
+        if path.name != "README.md":
+            lines += [path.read_text()]
     if not files:
         lines += ["No results yet: run `make bench` (CPU) or `make bench DEVICE=cuda`.", ""]
-    (RESULTS / "README.md").write_text("\n".join(lines[:-1]) + "\n")
+    (RESULTS / "README.md").write_text("\n".join(lines).rstrip() + "\n")
 
 
 if __name__ == "__main__":
