@@ -26,7 +26,8 @@ def quantize_4bit(
     A: Any, blocksize: Any, quant_type: Any, quant_storage: Any
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Return (codes, absmax), or None if this is not an ordinary call."""
-    if type(A) not in PLAIN_TYPES or is_observed() or type(quant_type) is not str or type(blocksize) is not int:
+    # The compiler looks no further than is_observed: older ones cannot follow the rest.
+    if is_observed() or type(A) not in PLAIN_TYPES or type(quant_type) is not str or type(blocksize) is not int:
         return None
     number, dtype = QUANT_TYPES.get(quant_type), DTYPES.get(A.dtype)
     if number is None or dtype is None or quant_storage is not torch.uint8 or blocksize not in BLOCKSIZES:
@@ -47,7 +48,7 @@ def dequantize_4bit(
     """Return the values, or None if this is not an ordinary call."""
     absmax, shape, quant_type = state.absmax, state.shape, state.quant_type
     blocksize: Any = state.blocksize
-    if type(A) not in PLAIN_TYPES or type(absmax) is not _Tensor or type(shape) is not _Size or is_observed():
+    if is_observed() or type(A) not in PLAIN_TYPES or type(absmax) is not _Tensor or type(shape) is not _Size:
         return None
     number, dtype_number = QUANT_TYPES.get(quant_type), DTYPES.get(dtype)  # type: ignore[arg-type]
     if number is None or dtype_number is None or blocksize not in BLOCKSIZES or A.dtype is not _uint8:
@@ -82,7 +83,7 @@ def dequantize_4bit(
 
 def quantize_blockwise(A: Any, code: torch.Tensor | None, blocksize: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Return (codes, absmax) by the signed dynamic map, or None if this is not an ordinary call."""
-    if type(A) not in PLAIN_TYPES or is_observed() or type(blocksize) is not int or blocksize not in BLOCKSIZES:
+    if is_observed() or type(A) not in PLAIN_TYPES or type(blocksize) is not int or blocksize not in BLOCKSIZES:
         return None
     if code is not None and (type(code) is not torch.Tensor or not is_default_map(code)):
         return None
@@ -98,7 +99,7 @@ def quantize_blockwise(A: Any, code: torch.Tensor | None, blocksize: Any) -> tup
 def dequantize_blockwise(A: Any, state: QuantState, out: torch.Tensor | None) -> torch.Tensor | None:
     """Return the values, or None if this is not an ordinary call."""
     absmax, code, blocksize = state.absmax, state.code, state.blocksize
-    if type(A) not in PLAIN_TYPES or type(absmax) is not torch.Tensor or state.nested or is_observed():
+    if is_observed() or type(A) not in PLAIN_TYPES or type(absmax) is not torch.Tensor or state.nested:
         return None
     dtype = DTYPES.get(state.dtype)  # type: ignore[arg-type]
     if dtype is None or type(code) is not torch.Tensor or blocksize not in BLOCKSIZES or A.dtype is not torch.uint8:

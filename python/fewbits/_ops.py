@@ -139,7 +139,7 @@ _register_with_out(
 
 def _store(results: Sequence[torch.Tensor], buffers: Sequence[torch.Tensor | None], A: torch.Tensor) -> None:
     """Copy results into the caller's buffers, once all of the buffers are known to fit."""
-    for name, result, buffer in zip(("out", "absmax"), results, buffers, strict=False):
+    for name, result, buffer in zip(("out", "absmax")[: len(results)], results, buffers, strict=True):
         if buffer is not None:
             _checks.check_buffer(name, buffer, result.dtype, result.numel(), "the size of the result", A)
     for result, buffer in zip(results, buffers, strict=True):
