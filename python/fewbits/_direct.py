@@ -30,13 +30,13 @@ def quantize_4bit(
     if is_observed() or type(A) not in PLAIN_TYPES or type(quant_type) is not str or type(blocksize) is not int:
         return None
     number, dtype = QUANT_TYPES.get(quant_type), DTYPES.get(A.dtype)
-    if number is None or dtype is None or quant_storage is not torch.uint8 or blocksize not in BLOCKSIZES:
+    if number is None or dtype is None or quant_storage is not _uint8 or blocksize not in BLOCKSIZES:
         return None
     n = A.numel()
     target = _target(A)
     if target is None or n == 0 or not A.is_contiguous() or A.is_neg():
         return None
-    codes = _empty(A, ((n + 1) // 2, 1), torch.uint8)
+    codes = _empty(A, ((n + 1) // 2, 1), _uint8)
     absmax = A.new_empty((n + blocksize - 1) // blocksize, dtype=_float32)
     _native.quantize_4bit(A.data_ptr(), n, dtype, blocksize, number, codes.data_ptr(), absmax.data_ptr(), *target)
     return codes, absmax
@@ -85,13 +85,13 @@ def quantize_blockwise(A: Any, code: torch.Tensor | None, blocksize: Any) -> tup
     """Return (codes, absmax) by the signed dynamic map, or None if this is not an ordinary call."""
     if is_observed() or type(A) not in PLAIN_TYPES or type(blocksize) is not int or blocksize not in BLOCKSIZES:
         return None
-    if code is not None and (type(code) is not torch.Tensor or not is_default_map(code)):
+    if code is not None and (type(code) is not _Tensor or not is_default_map(code)):
         return None
     n, dtype, target = A.numel(), DTYPES.get(A.dtype), _target(A)
     if dtype is None or target is None or n == 0 or not A.is_contiguous() or A.is_neg():
         return None
-    codes = _empty(A, A.shape, torch.uint8)
-    absmax = A.new_empty((n + blocksize - 1) // blocksize, dtype=torch.float32)
+    codes = _empty(A, A.shape, _uint8)
+    absmax = A.new_empty((n + blocksize - 1) // blocksize, dtype=_float32)
     _native.quantize_blockwise(A.data_ptr(), n, dtype, blocksize, 0, codes.data_ptr(), absmax.data_ptr(), *target)
     return codes, absmax
 
@@ -99,27 +99,22 @@ def quantize_blockwise(A: Any, code: torch.Tensor | None, blocksize: Any) -> tup
 def dequantize_blockwise(A: Any, state: QuantState, out: torch.Tensor | None) -> torch.Tensor | None:
     """Return the values, or None if this is not an ordinary call."""
     absmax, code, blocksize = state.absmax, state.code, state.blocksize
-    if is_observed() or type(A) not in PLAIN_TYPES or type(absmax) is not torch.Tensor or state.nested:
+    if is_observed() or type(A) not in PLAIN_TYPES or type(absmax) is not _Tensor or state.nested:
         return None
     dtype = DTYPES.get(state.dtype)  # type: ignore[arg-type]
-    if dtype is None or type(code) is not torch.Tensor or blocksize not in BLOCKSIZES or A.dtype is not torch.uint8:
+    if dtype is None or type(code) is not _Tensor or blocksize not in BLOCKSIZES or A.dtype is not _uint8:
         return None
     assert blocksize is not None
     n, target = A.numel(), _target(A)
     if target is None or n == 0 or not A.is_contiguous():
         return None
     ordinal, queue = target
-    if not _fits(absmax, torch.float32, (n + blocksize - 1) // blocksize, ordinal):
+    if not _fits(absmax, _float32, (n + blocksize - 1) // blocksize, ordinal):
         return None
-    if out is not None and not (
-        type(out) is torch.Tensor and out.shape == A.shape and _fits(out, state.dtype, n, ordinal)
-    ):
+    if out is not None and not (type(out) is _Tensor and out.shape == A.shape and _fits(out, state.dtype, n, ordinal)):
         return None
-    if is_default_map(code):
-        address = 0
-    elif _fits(code, torch.float32, 256, ordinal):
-        address = code.data_ptr()
-    else:
+    address = _code_address(code, ordinal)
+    if address is None:
         return None
     values: torch.Tensor = _empty(A, A.shape, state.dtype) if out is None else out
     _native.dequantize_blockwise(
@@ -138,22 +133,26 @@ def _nested(state: QuantState, blocks: int, ordinal: int) -> tuple[int, int, int
     code, maxima = state2.code, state2.absmax
     blocksize: Any = state2.blocksize
     if not (
-        type(offset) is torch.Tensor
-        and type(maxima) is torch.Tensor
-        and type(code) is torch.Tensor
+        type(offset) is _Tensor
+        and type(maxima) is _Tensor
+        and type(code) is _Tensor
         and blocksize in BLOCKSIZES
-        and _fits(absmax, torch.uint8, blocks, ordinal)
+        and _fits(absmax, _uint8, blocks, ordinal)
         and _fits(offset, _float32, 1, ordinal)
         and _fits(maxima, _float32, (blocks + blocksize - 1) // blocksize, ordinal)
     ):
         return None
-    if is_default_map(code):
-        address = 0
-    elif _fits(code, _float32, 256, ordinal):
-        address = code.data_ptr()
-    else:
+    address = _code_address(code, ordinal)
+    if address is None:
         return None
     return absmax.data_ptr(), address, maxima.data_ptr(), blocksize, offset.data_ptr()
+
+
+def _code_address(code: torch.Tensor, ordinal: int) -> int | None:
+    """Return where a kernel reads a code, 0 for the one it knows, or None if it cannot."""
+    if is_default_map(code):
+        return 0
+    return code.data_ptr() if _fits(code, _float32, 256, ordinal) else None
 
 
 def _empty(A: torch.Tensor, shape: Sequence[int], dtype: torch.dtype | None) -> torch.Tensor:

@@ -140,32 +140,32 @@ __device__ __forceinline__ Decode4 load_values_4bit(float (&shared)[16], int qua
     extern "C" __global__ void __launch_bounds__(THREADS) dequantize_4bit_##DTYPE(                                       \
         const u8* codes, const float* absmax, E::storage* out, i64 n, int log2_blocksize, int quant_type, int rows) {    \
         __shared__ float values[16];                                                                                     \
-        prefetch_codes(codes, n, 2, rows);                                                                                   \
+        prefetch_codes(codes, n, 2, rows);                                                                               \
         const Decode4 decode = load_values_4bit(values, quant_type);                                                     \
         __syncthreads();                                                                                                 \
-        dequantize<E>(codes, decode, PlainAbsmax{absmax}, out, n, log2_blocksize, rows);                                     \
+        dequantize<E>(codes, decode, PlainAbsmax{absmax}, out, n, log2_blocksize, rows);                                 \
     }                                                                                                                    \
     extern "C" __global__ void __launch_bounds__(THREADS) dequantize_4bit_nested_##DTYPE(                                \
         const u8* codes, const u8* absmax_codes, const float* nested_code, const float* nested_absmax,                   \
         int log2_nested_blocksize, const float* offset, E::storage* out, i64 n, int log2_blocksize, int quant_type,      \
-        int rows) {                                                                                                     \
+        int rows) {                                                                                                      \
         __shared__ float values[16], nested[256];                                                                        \
-        prefetch_codes(codes, n, 2, rows);                                                                                   \
+        prefetch_codes(codes, n, 2, rows);                                                                               \
         const Decode4 decode = load_values_4bit(values, quant_type);                                                     \
         nested[threadIdx.x] = nested_code ? nested_code[threadIdx.x] : DYNAMIC_VALUES[threadIdx.x];                      \
         __syncthreads();                                                                                                 \
         const NestedAbsmax absmax{absmax_codes, nested, nested_absmax, log2_nested_blocksize, *offset};                  \
-        dequantize<E>(codes, decode, absmax, out, n, log2_blocksize, rows);                                                  \
+        dequantize<E>(codes, decode, absmax, out, n, log2_blocksize, rows);                                              \
     }                                                                                                                    \
     extern "C" __global__ void __launch_bounds__(THREADS) dequantize_8bit_##DTYPE(                                       \
-        const u8* codes, const float* code, const float* absmax, E::storage* out, i64 n, int log2_blocksize, int rows) {           \
-        prefetch_codes(codes, n, 1, rows);                                                                                   \
+        const u8* codes, const float* code, const float* absmax, E::storage* out, i64 n, int log2_blocksize, int rows) { \
+        prefetch_codes(codes, n, 1, rows);                                                                               \
         __shared__ float values[256 * COPIES];                                                                           \
         const float value = code ? code[threadIdx.x] : DYNAMIC_VALUES[threadIdx.x];                                      \
         for (int copy = 0; copy < COPIES; copy++) values[threadIdx.x * COPIES + copy] = value;                           \
         __syncthreads();                                                                                                 \
         const Decode8 decode{values + threadIdx.x % COPIES};                                                             \
-        dequantize<E>(codes, decode, PlainAbsmax{absmax}, out, n, log2_blocksize, rows);                                     \
+        dequantize<E>(codes, decode, PlainAbsmax{absmax}, out, n, log2_blocksize, rows);                                 \
     }
 
 DEQUANTIZE(f32, F32)

@@ -4,7 +4,7 @@
 //   codes[i]  = nearest code to x[i] / absmax[b], by core/src/codebook.rs's definition
 //
 //   x       n elements of E                     codes   n bytes, or (n + 1) / 2 bytes of two codes, the first in the high nibble
-//   absmax  ceil(n / BLOCKSIZE) float32         code    256 float32, or null for the signed dynamic map
+//   absmax  ceil(n / blocksize) float32         code    256 float32, or null for the signed dynamic map
 //
 // Work: a tile is VECTORS 16-byte vectors a lane of a warp. Small blocks share a warp, `lanes` lanes each; larger ones take
 // several vectors of every lane, and the largest several warps, which meet in shared memory. The block size is an argument,
@@ -22,7 +22,7 @@ constexpr int VECTORS = 4;
 // Four bits an element.
 //
 // The float of t indexes the table as a signed integer, magnitudes ascending on both sides, so the negative half lies
-// 2^(32 - SHIFT) words below the positive one. An ascending float with the sign set is a descending value: the negative half
+// 2^(31 - SHIFT) words below the positive one. An ascending float with the sign set is a descending value: the negative half
 // holds complements, and NF4's nibbles of negative elements are complemented back eight at a time. FP4 is sign and magnitude.
 struct Encode4 {
     static constexpr int GAP = 1 << (31 - SHIFT_4BIT);

@@ -8,7 +8,7 @@ use std::sync::LazyLock;
 use super::avx512::{self, Wide};
 #[cfg(not(target_arch = "x86_64"))]
 use super::element::Element as Wide;
-use super::element::{Bf16, Element, F16, F32};
+use super::element::{Element, for_dtype};
 #[cfg(target_arch = "x86_64")]
 use super::path::Path;
 use super::path::multiversion;
@@ -16,7 +16,7 @@ use super::table_lookup::{Lookup, expand};
 use super::{code_values, pages, pool};
 use crate::blockwise::{Absmax, Blocks};
 use crate::codebook::dynamic_map;
-use crate::{Dtype, QuantType, Result};
+use crate::{QuantType, Result};
 
 /// The code that stands for an absent one.
 static DYNAMIC: LazyLock<[f32; 256]> = LazyLock::new(|| dynamic_map(true));
@@ -132,11 +132,7 @@ pub(crate) unsafe fn dequantize_4bit(
     unsafe {
         let scales = Scales::new(absmax);
         let values = quant_type.values();
-        match blocks.dtype {
-            Dtype::F32 => typed::<F32>(blocks, codes, values, &scales, out, threads),
-            Dtype::F16 => typed::<F16>(blocks, codes, values, &scales, out, threads),
-            Dtype::Bf16 => typed::<Bf16>(blocks, codes, values, &scales, out, threads),
-        }
+        for_dtype!(blocks.dtype, T => typed::<T>(blocks, codes, values, &scales, out, threads))
     }
 }
 
@@ -232,11 +228,5 @@ pub(crate) unsafe fn dequantize_8bit(
     }
     let values = values.unwrap_or(&DYNAMIC);
     // SAFETY: the caller's promise; `T` is the dtype's type.
-    unsafe {
-        match blocks.dtype {
-            Dtype::F32 => typed::<F32>(blocks, codes, values, absmax, out, threads),
-            Dtype::F16 => typed::<F16>(blocks, codes, values, absmax, out, threads),
-            Dtype::Bf16 => typed::<Bf16>(blocks, codes, values, absmax, out, threads),
-        }
-    }
+    unsafe { for_dtype!(blocks.dtype, T => typed::<T>(blocks, codes, values, absmax, out, threads)) }
 }

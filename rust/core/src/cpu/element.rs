@@ -13,6 +13,27 @@ pub trait Element: Copy + Default + Send + Sync + 'static {
     fn narrow(value: f32) -> Self;
 }
 
+/// Evaluates an expression with a name for the element type of a dtype.
+macro_rules! for_dtype {
+    ($dtype:expr, $element:ident => $body:expr) => {
+        match $dtype {
+            $crate::Dtype::F32 => {
+                type $element = $crate::cpu::element::F32;
+                $body
+            }
+            $crate::Dtype::F16 => {
+                type $element = $crate::cpu::element::F16;
+                $body
+            }
+            $crate::Dtype::Bf16 => {
+                type $element = $crate::cpu::element::Bf16;
+                $body
+            }
+        }
+    };
+}
+pub(crate) use for_dtype;
+
 /// Bits of a float32.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[repr(transparent)]

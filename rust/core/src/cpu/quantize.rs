@@ -6,7 +6,7 @@ use std::sync::LazyLock;
 use super::avx512::{self, Wide};
 #[cfg(not(target_arch = "x86_64"))]
 use super::element::Element as Wide;
-use super::element::{Bf16, Element, F16, F32, LANES, for_runs};
+use super::element::{Element, LANES, for_dtype, for_runs};
 #[cfg(target_arch = "x86_64")]
 use super::path::Path;
 use super::path::multiversion;
@@ -53,7 +53,7 @@ unsafe fn block_absmax<T: Element>(x: *const T, count: usize) -> f32 {
     f32::from_bits(largest[0])
 }
 
-/// `x / absmax` of `N` elements, by the rule of design: times the reciprocal, unless that overflows.
+/// `x / absmax` of `N` elements: times the reciprocal, unless that overflows.
 #[inline(always)]
 fn quotients<const N: usize>(values: [f32; N], absmax: f32) -> [f32; N] {
     let inverse = if absmax > 0.0 { 1.0 / absmax } else { 0.0 };
@@ -279,29 +279,12 @@ pub(crate) unsafe fn quantize_4bit(
     absmax: u64,
     threads: usize,
 ) -> Result<()> {
-    unsafe fn typed<T: Wide>(
-        blocks: Blocks,
-        x: u64,
-        table: &Steps,
-        codes: u64,
-        absmax: u64,
-        threads: usize,
-    ) -> Result<()> {
-        // SAFETY: the caller's promise; parts are runs of whole blocks and do not overlap.
-        unsafe {
-            over_blocks::<T>(blocks, x, codes, 2, absmax, threads, |x, n, codes, absmax| {
-                run_4bit(x, n, blocks.blocksize, table, codes, absmax);
-            })
-        }
-    }
     let table = Steps::new(quant_type);
-    // SAFETY: the caller's promise; `T` is the dtype's type.
+    // SAFETY: the caller's promise; `T` is the dtype's type, parts are runs of whole blocks and do not overlap.
     unsafe {
-        match blocks.dtype {
-            Dtype::F32 => typed::<F32>(blocks, x, &table, codes, absmax, threads),
-            Dtype::F16 => typed::<F16>(blocks, x, &table, codes, absmax, threads),
-            Dtype::Bf16 => typed::<Bf16>(blocks, x, &table, codes, absmax, threads),
-        }
+        for_dtype!(blocks.dtype, T => over_blocks::<T>(blocks, x, codes, 2, absmax, threads, |x, n, codes, absmax| {
+            run_4bit(x, n, blocks.blocksize, &table, codes, absmax);
+        }))
     }
 }
 
@@ -315,31 +298,14 @@ pub(crate) unsafe fn quantize_8bit(
     absmax: u64,
     threads: usize,
 ) -> Result<()> {
-    unsafe fn typed<T: Element>(
-        blocks: Blocks,
-        x: u64,
-        table: &Code256,
-        codes: u64,
-        absmax: u64,
-        threads: usize,
-    ) -> Result<()> {
-        // SAFETY: the caller's promise; parts are runs of whole blocks and do not overlap.
-        unsafe {
-            over_blocks::<T>(blocks, x, codes, 1, absmax, threads, |x, n, codes, absmax| {
-                run_8bit(x, n, blocks.blocksize, table, codes, absmax);
-            })
-        }
-    }
     static DYNAMIC: LazyLock<Code256> = LazyLock::new(|| Code256::new(&dynamic_map(true)));
     let own = values.map(Code256::new);
     let table = own.as_ref().unwrap_or(&DYNAMIC);
-    // SAFETY: the caller's promise; `T` is the dtype's type.
+    // SAFETY: the caller's promise; `T` is the dtype's type, parts are runs of whole blocks and do not overlap.
     unsafe {
-        match blocks.dtype {
-            Dtype::F32 => typed::<F32>(blocks, x, table, codes, absmax, threads),
-            Dtype::F16 => typed::<F16>(blocks, x, table, codes, absmax, threads),
-            Dtype::Bf16 => typed::<Bf16>(blocks, x, table, codes, absmax, threads),
-        }
+        for_dtype!(blocks.dtype, T => over_blocks::<T>(blocks, x, codes, 1, absmax, threads, |x, n, codes, absmax| {
+            run_8bit(x, n, blocks.blocksize, table, codes, absmax);
+        }))
     }
 }
 
