@@ -675,7 +675,7 @@ def test_peak_memory(tmp_path: Path, quant_format: str) -> None:
     command = [sys.executable, "-c", _MEASURE, str(warm), str(src), str(tmp_path / "dst"), quant_format]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     grown = int(result.stdout) * 1024
-    # The tensor, its codes (a quarter here), and pieces of 4 MB while the error is measured.
+    # The tensor, its codes (a quarter here), and pieces of 1 MB while the error is measured.
     assert grown < 2.5 * largest, f"{grown / 1e6:.0f} MB for tensors of {largest / 1e6:.0f} MB"
     assert grown < total / 2
 

@@ -11,8 +11,9 @@ import torch
 from . import functional as F
 from ._selection import BLOCKWISE8_STATE, Format
 
-# Elements that are dequantized at a time to measure the error: 4 MB of float32, a multiple of every block size.
-CHUNK = 1 << 20
+# Elements of a piece, where rows are quantized and the error is measured: 1 MB of float32, a multiple of every block
+# size. Up to five such pieces live at once, so that a larger one would show beside a tensor of 16 MB.
+CHUNK = 1 << 18
 _DOT = 1 << 15
 
 
