@@ -17,6 +17,7 @@ __all__ = [
     "dequantize_blockwise",
     "driver_info",
     "images",
+    "matmul_4bit",
     "nested_workspace_size",
     "quantize_4bit",
     "quantize_4bit_nested",
@@ -70,6 +71,25 @@ def dequantize_4bit_nested(
     device: int,
     queue: int,
 ) -> None: ...
+def matmul_4bit(
+    x: int,
+    m: int,
+    dtype: int,
+    codes: int,
+    n: int,
+    k: int,
+    blocksize: int,
+    quant_type: int,
+    absmax: int,
+    nested_code: int,
+    nested_absmax: int,
+    nested_blocksize: int,
+    offset: int,
+    bias: int,
+    out: int,
+    device: int,
+    queue: int,
+) -> bool: ...
 def codebook(name: str) -> list[float]: ...
 def driver_info() -> dict[str, Any]: ...
 def cpu_info() -> dict[str, Any]: ...

@@ -74,6 +74,17 @@ pub enum Absmax {
     },
 }
 
+/// The scales of `n` elements have addresses, and nested ones a block size.
+pub(crate) fn check_absmax(n: usize, absmax: Absmax) -> Result<()> {
+    match absmax {
+        Absmax::Plain(absmax) => check_addresses(n, &[("absmax", absmax)]),
+        Absmax::Nested { codes, absmax, blocksize, offset, .. } => {
+            check_addresses(n, &[("absmax", codes), ("nested_absmax", absmax), ("offset", offset)])?;
+            check_blocksize("nested_blocksize", blocksize)
+        }
+    }
+}
+
 /// Quantizes to 8-bit codes. `code` is the address of 256 float32, or 0 for the signed dynamic map.
 ///
 /// # Safety
@@ -180,13 +191,7 @@ pub unsafe fn dequantize_4bit(
     target: Target,
 ) -> Result<()> {
     check_addresses(blocks.n, &[("A", codes), ("out", out)])?;
-    match absmax {
-        Absmax::Plain(absmax) => check_addresses(blocks.n, &[("absmax", absmax)])?,
-        Absmax::Nested { codes, absmax, blocksize, offset, .. } => {
-            check_addresses(blocks.n, &[("absmax", codes), ("nested_absmax", absmax), ("offset", offset)])?;
-            check_blocksize("nested_blocksize", blocksize)?;
-        }
-    }
+    check_absmax(blocks.n, absmax)?;
     if blocks.n == 0 {
         return Ok(());
     }

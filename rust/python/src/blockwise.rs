@@ -9,7 +9,11 @@ use crate::error::{CoreError, Result, unknown};
 use crate::target::{dtype, quant_type, target};
 
 /// Runs an operation: a launch is over sooner than the interpreter's lock changes hands, CPU work is not.
-fn run(py: Python<'_>, target: Target, work: impl FnOnce() -> fewbits_core::Result<()> + Send) -> Result<()> {
+pub fn run<T: Send>(
+    py: Python<'_>,
+    target: Target,
+    work: impl FnOnce() -> fewbits_core::Result<T> + Send,
+) -> Result<T> {
     match target {
         Target::Cpu { .. } => py.detach(work),
         Target::Cuda { .. } => work(),

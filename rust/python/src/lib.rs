@@ -8,6 +8,7 @@ use pyo3::prelude::*;
 mod blockwise;
 mod error;
 mod info;
+mod matmul4;
 mod target;
 
 /// Quantization kernels on raw addresses.
@@ -24,6 +25,9 @@ mod _native {
     use super::error::Error;
     #[pymodule_export]
     use super::info::{cpu_info, driver_info, images};
+
+    #[pymodule_export]
+    use super::matmul4::matmul_4bit;
 
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {

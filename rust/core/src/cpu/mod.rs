@@ -9,6 +9,7 @@ mod avx512;
 pub mod dequantize;
 mod element;
 mod float_mode;
+pub mod matmul4;
 mod pages;
 pub mod path;
 mod pool;

@@ -7,6 +7,7 @@ mod device;
 mod driver;
 mod image;
 mod launch;
+pub(crate) mod matmul4;
 
 pub use device::{DeviceInfo, devices};
 pub use driver::driver_version;

@@ -1,0 +1,79 @@
+//! Products with a 4-bit weight: `y[m][n] = sum over k of x[m][k] * W[n][k] + bias[n]`, `W` never written out whole.
+//!
+//! `W[n][k] = code[codes[n * K + k]] * absmax[(n * K + k) / blocksize]`: blocks are cut from the flattened weight, so where `K` is
+//! no multiple of the block size they run across rows. Sums are float32, rounded once to the output dtype.
+
+use crate::blockwise::{Absmax, Blocks, check_absmax, check_addresses};
+use crate::{Dtype, Error, QuantType, Result, Target, cpu, cuda};
+
+/// A weight of `n` rows (output features) and `k` columns (input features).
+#[derive(Debug, Clone, Copy)]
+pub struct Weight {
+    /// Address of `(n * k + 1) / 2` bytes, the first code of each pair in the high nibble.
+    pub codes: u64,
+    /// Rows.
+    pub n: usize,
+    /// Columns.
+    pub k: usize,
+    /// Elements of a block: a power of two from 32 to 4096.
+    pub blocksize: usize,
+    /// The code.
+    pub quant_type: QuantType,
+    /// The block scales.
+    pub absmax: Absmax,
+}
+
+impl Weight {
+    /// The flattened weight as blocks that dequantize to `dtype`.
+    pub(crate) fn blocks(&self, dtype: Dtype) -> Result<Blocks> {
+        let elements = self.n.checked_mul(self.k).ok_or_else(|| {
+            Error::argument(
+                "quant_state.shape",
+                format!("({}, {})", self.n, self.k),
+                "a weight that fits the address space",
+            )
+        })?;
+        Blocks::new(elements, self.blocksize, dtype)
+    }
+}
+
+/// What is multiplied with it, and where the result goes.
+#[derive(Debug, Clone, Copy)]
+pub struct Rows {
+    /// Address of `m * k` elements.
+    pub x: u64,
+    /// Rows of `x` (tokens).
+    pub m: usize,
+    /// Type of `x`, the bias and the result.
+    pub dtype: Dtype,
+    /// Address of `n` elements, or 0.
+    pub bias: u64,
+    /// Address of `m * n` elements.
+    pub out: u64,
+}
+
+/// Multiplies. `false`, with nothing written, where dequantizing panels of the weight and an ordinary product are faster (or where
+/// no kernel takes the problem): that is the caller's to do.
+///
+/// # Safety
+/// The addresses hold what the fields say, on the target's device, and nobody else moves or writes them until the work is done.
+///
+/// # Errors
+/// A null address, a block size that is no power of two, a driver failure.
+pub unsafe fn matmul_4bit(weight: Weight, rows: Rows, target: Target) -> Result<bool> {
+    let elements = weight.blocks(rows.dtype)?.n;
+    check_addresses(elements, &[("B", weight.codes)])?;
+    check_absmax(elements, weight.absmax)?;
+    check_addresses(rows.m * weight.k, &[("A", rows.x)])?;
+    check_addresses(rows.m * weight.n, &[("out", rows.out)])?;
+    if rows.m * weight.n == 0 {
+        return Ok(true);
+    }
+    // SAFETY: the caller's promise, handed on.
+    unsafe {
+        match target {
+            Target::Cpu { threads } => cpu::matmul4::matmul_4bit(weight, rows, threads),
+            Target::Cuda { device, stream } => cuda::matmul4::matmul_4bit(weight, rows, device, stream),
+        }
+    }
+}
