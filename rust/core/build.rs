@@ -15,18 +15,33 @@ use std::{env, fs, thread};
 #[path = "src/codebook.rs"]
 #[allow(dead_code, missing_docs)]
 mod codebook;
+#[path = "build/instances.rs"]
+mod instances;
+#[path = "src/matmul4_instances.rs"]
+#[allow(dead_code, missing_docs)]
+mod matmul4_instances;
 #[path = "build/nvrtc.rs"]
 mod nvrtc;
 #[path = "build/tables.rs"]
 mod tables;
+#[path = "build/wgmma.rs"]
+mod wgmma;
 
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
-/// One kernel file each.
-const FAMILIES: [&str; 3] = ["quantize", "dequantize", "double_quant"];
 /// Machine code for the chips of today, and PTX that a driver compiles for those of tomorrow (and for 7.0 and 7.2).
 const TARGETS: [&str; 9] =
     ["compute_70", "compute_80", "sm_75", "sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120"];
+/// One kernel file each, and what it is compiled for.
+const FAMILIES: [(&str, &[&str]); 5] = [
+    ("quantize", &TARGETS),
+    ("dequantize", &TARGETS),
+    ("double_quant", &TARGETS),
+    ("matmul4_skinny", &HOPPER),
+    ("matmul4_wgmma", &HOPPER),
+];
+/// What uses instructions of Hopper alone.
+const HOPPER: [&str; 1] = ["sm_90a"];
 /// Products stay products: CPU and GPU must agree to the last bit, so nothing is fused that the source does not fuse.
 const OPTIONS: [&str; 3] = ["--std=c++17", "--fmad=false", "--extra-device-vectorization"];
 
@@ -42,6 +57,7 @@ fn build() -> Result<()> {
     println!("cargo::rerun-if-changed=build");
     println!("cargo::rerun-if-changed=kernels");
     println!("cargo::rerun-if-changed=src/codebook.rs");
+    println!("cargo::rerun-if-changed=src/matmul4_instances.rs");
     println!("cargo::rerun-if-env-changed=FEWBITS_CUDA");
     let out = PathBuf::from(env::var("OUT_DIR")?);
     let system = env::var("CARGO_CFG_TARGET_OS")?;
@@ -52,7 +68,11 @@ fn build() -> Result<()> {
     }
 
     let nvrtc = nvrtc::Nvrtc::find()?;
-    let mut headers = vec![("tables.cuh".to_string(), tables::header()?)];
+    let mut headers = vec![
+        ("tables.cuh".to_string(), tables::header()?),
+        ("wgmma.cuh".to_string(), wgmma::header()?),
+        ("matmul4_instances.cuh".to_string(), instances::header()?),
+    ];
     for entry in fs::read_dir("kernels")? {
         let path = entry?.path();
         if path.extension().is_some_and(|extension| extension == "cuh") {
@@ -61,9 +81,9 @@ fn build() -> Result<()> {
     }
 
     let mut jobs = Vec::new();
-    for family in FAMILIES {
+    for (family, targets) in FAMILIES {
         let source = fs::read_to_string(format!("kernels/{family}.cu"))?;
-        for target in TARGETS {
+        for &target in targets {
             jobs.push((family, target, source.clone()));
         }
     }

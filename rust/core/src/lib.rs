@@ -16,6 +16,8 @@ pub mod double_quant;
 mod dtype;
 mod error;
 pub mod matmul4;
+#[allow(dead_code, reason = "build.rs reads the rest")]
+mod matmul4_instances;
 mod target;
 
 pub use dtype::{Dtype, QuantType};

@@ -8,6 +8,7 @@ use cudarc::driver::{result, sys};
 use super::device::device;
 use super::driver::{check, words};
 use super::image;
+use crate::matmul4_instances::{SCALES, SKINNY, WIDE};
 use crate::{Dtype, Error, Result};
 
 /// A kernel.
@@ -25,11 +26,30 @@ pub enum Kernel {
     Dequantize8(Dtype),
     /// double_quant.cu
     QuantizeAbsmax,
+    /// matmul4_skinny.cu
+    Skinny4 {
+        /// Which of [`SKINNY`].
+        instance: usize,
+        /// Type of the activations, of 16 bits.
+        dtype: Dtype,
+        /// Whether the scales are.
+        nested: bool,
+    },
+    /// matmul4_wgmma.cu
+    Wide4 {
+        /// Which of [`WIDE`].
+        instance: usize,
+        /// Type of the activations, of 16 bits.
+        dtype: Dtype,
+        /// Whether the scales are.
+        nested: bool,
+    },
 }
 
 impl Kernel {
     /// How many there are.
-    pub const COUNT: usize = 5 * Dtype::ALL.len() + 1;
+    pub const COUNT: usize = Self::SKINNY4 + 6 * (SKINNY.len() + WIDE.len());
+    const SKINNY4: usize = 5 * Dtype::ALL.len() + 1;
 
     /// Its place in a device's table.
     pub fn index(self) -> usize {
@@ -41,6 +61,12 @@ impl Kernel {
             Self::Dequantize4Nested(dtype) => 3 * types + dtype as usize,
             Self::Dequantize8(dtype) => 4 * types + dtype as usize,
             Self::QuantizeAbsmax => 5 * types,
+            Self::Skinny4 { instance, dtype, nested } => {
+                Self::SKINNY4 + (instance * types + dtype as usize) * 2 + usize::from(nested)
+            }
+            Self::Wide4 { instance, dtype, nested } => {
+                Self::SKINNY4 + ((SKINNY.len() + instance) * types + dtype as usize) * 2 + usize::from(nested)
+            }
         }
     }
 
@@ -49,6 +75,8 @@ impl Kernel {
             Self::Quantize4(_) | Self::Quantize8(_) => "quantize",
             Self::Dequantize4(_) | Self::Dequantize4Nested(_) | Self::Dequantize8(_) => "dequantize",
             Self::QuantizeAbsmax => "double_quant",
+            Self::Skinny4 { .. } => "matmul4_skinny",
+            Self::Wide4 { .. } => "matmul4_wgmma",
         }
     }
 
@@ -61,6 +89,12 @@ impl Kernel {
             Self::Dequantize4Nested(dtype) => format!("dequantize_4bit_nested_{}", dtype.suffix()),
             Self::Dequantize8(dtype) => format!("dequantize_8bit_{}", dtype.suffix()),
             Self::QuantizeAbsmax => "quantize_absmax".to_string(),
+            Self::Skinny4 { instance, dtype, nested } => {
+                format!("matmul4_skinny_{}_{}_{}", SKINNY[instance].name, dtype.suffix(), SCALES[usize::from(nested)])
+            }
+            Self::Wide4 { instance, dtype, nested } => {
+                format!("matmul4_wide_{}_{}_{}", WIDE[instance].columns, dtype.suffix(), SCALES[usize::from(nested)])
+            }
         }
     }
 
@@ -70,6 +104,17 @@ impl Kernel {
             Self::Quantize4(_) | Self::Quantize8(_) => 512,
             Self::Dequantize4(_) | Self::Dequantize4Nested(_) | Self::Dequantize8(_) => 256,
             Self::QuantizeAbsmax => 1024,
+            Self::Skinny4 { instance, .. } => 32 * SKINNY[instance].warps,
+            Self::Wide4 { .. } => 384,
+        }
+    }
+
+    /// Bytes of shared memory that a launch asks for: all that blocks of which so many are to run side by side can have.
+    fn shared_bytes(self) -> u32 {
+        match self {
+            Self::Skinny4 { instance, .. } => 228 * 1024 / SKINNY[instance].resident - 1024,
+            Self::Wide4 { .. } => 227 * 1024,
+            _ => 0,
         }
     }
 }
@@ -80,6 +125,8 @@ pub struct Function {
     handle: sys::CUfunction,
     /// Blocks that a multiprocessor holds at once.
     resident: u32,
+    /// Bytes of shared memory of a block.
+    shared: u32,
 }
 
 // SAFETY: function handles may be used by any thread and live as long as their library, which is never unloaded.
@@ -94,17 +141,22 @@ impl Function {
         let name =
             CString::new(kernel.name()).map_err(|error| Error::argument("kernel", error, "a name without NUL"))?;
         let (mut entry, mut handle, mut resident) = (ptr::null_mut(), ptr::null_mut(), 0);
+        let shared = kernel.shared_bytes();
         // SAFETY: the library is loaded, the name ends with NUL, the pointers are to locals.
         unsafe {
             check("cuLibraryGetKernel", sys::cuLibraryGetKernel(&mut entry, library.0, name.as_ptr()))?;
             check("cuKernelGetFunction", sys::cuKernelGetFunction(&mut handle, entry))?;
+            if shared > 0 {
+                let maximum = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+                check("cuFuncSetAttribute", sys::cuFuncSetAttribute(handle, maximum, shared as i32))?;
+            }
             let threads = kernel.threads() as i32;
             check(
                 "cuOccupancyMaxActiveBlocksPerMultiprocessor",
-                sys::cuOccupancyMaxActiveBlocksPerMultiprocessor(&mut resident, handle, threads, 0),
+                sys::cuOccupancyMaxActiveBlocksPerMultiprocessor(&mut resident, handle, threads, shared as usize),
             )?;
         }
-        Ok(Self { handle, resident: resident.max(1) as u32 })
+        Ok(Self { handle, resident: resident.max(1) as u32, shared })
     }
 }
 
@@ -118,6 +170,8 @@ pub enum Grid {
     /// At most one a multiprocessor, all running together so that they can wait for each other. From compute capability 9.0 on
     /// they may start before the previous kernel of the stream has ended: the kernel itself waits for it.
     Cooperative(u64),
+    /// As `Resident`; they, too, may start before the previous kernel of the stream has ended.
+    Overlapping(u64),
 }
 
 /// One launch.
@@ -145,10 +199,11 @@ impl Launch<'_> {
         let _entered = device.enter()?;
         let function = device.function(self.kernel)?;
         let resident = |blocks_each: u32| u64::from(device.multiprocessors * blocks_each);
-        let (blocks, cooperative) = match self.grid {
-            Grid::Pieces(pieces) => (pieces, false),
-            Grid::Resident(pieces) => (pieces.min(resident(function.resident)), false),
-            Grid::Cooperative(pieces) => (pieces.min(resident(1)), true),
+        let (blocks, cooperative, overlapping) = match self.grid {
+            Grid::Pieces(pieces) => (pieces, false, false),
+            Grid::Resident(pieces) => (pieces.min(resident(function.resident)), false, false),
+            Grid::Cooperative(pieces) => (pieces.min(resident(1)), true, device.overlaps_launches),
+            Grid::Overlapping(pieces) => (pieces.min(resident(function.resident)), false, device.overlaps_launches),
         };
         // The kernels loop over whatever a grid leaves over.
         let grid = (blocks.clamp(1, 0x7fff_ffff) as u32, 1, 1);
@@ -156,12 +211,12 @@ impl Launch<'_> {
         let stream = self.stream as sys::CUstream;
         // SAFETY: the function belongs to the entered context, and so does the stream; the rest is the caller's promise.
         let launched = unsafe {
-            if cooperative && device.overlaps_launches {
-                launch_overlapping(function.handle, grid, block, stream, arguments)
+            if overlapping {
+                launch_overlapping(function, grid, block, stream, cooperative, arguments)
             } else if cooperative {
                 result::launch_cooperative_kernel(function.handle, grid, block, 0, stream, arguments)
             } else {
-                result::launch_kernel(function.handle, grid, block, 0, stream, arguments)
+                result::launch_kernel(function.handle, grid, block, function.shared, stream, arguments)
             }
         };
         launched.map_err(|error| Error::Launch {
@@ -173,15 +228,16 @@ impl Launch<'_> {
     }
 }
 
-/// A cooperative launch that may begin while the previous kernel of the stream still runs.
+/// A launch that may begin while the previous kernel of the stream still runs.
 ///
 /// # Safety
 /// As [`Launch::run`]; the kernel waits for the previous one before it touches what that one writes.
 unsafe fn launch_overlapping(
-    function: sys::CUfunction,
+    function: Function,
     grid: (u32, u32, u32),
     block: (u32, u32, u32),
     stream: sys::CUstream,
+    cooperative: bool,
     arguments: &mut [*mut c_void],
 ) -> std::result::Result<(), result::DriverError> {
     let attribute = |id, set: fn(&mut sys::CUlaunchAttributeValue)| {
@@ -192,10 +248,10 @@ unsafe fn launch_overlapping(
         attribute
     };
     let mut attributes = [
-        attribute(sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_COOPERATIVE, |value| value.cooperative = 1),
         attribute(sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION, |value| {
             value.programmaticStreamSerializationAllowed = 1;
         }),
+        attribute(sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_COOPERATIVE, |value| value.cooperative = 1),
     ];
     let config = sys::CUlaunchConfig {
         gridDimX: grid.0,
@@ -204,11 +260,11 @@ unsafe fn launch_overlapping(
         blockDimX: block.0,
         blockDimY: block.1,
         blockDimZ: block.2,
-        sharedMemBytes: 0,
+        sharedMemBytes: function.shared,
         hStream: stream,
         attrs: attributes.as_mut_ptr(),
-        numAttrs: attributes.len() as u32,
+        numAttrs: 1 + u32::from(cooperative),
     };
     // SAFETY: the configuration and its attributes outlive the call; the rest is the caller's promise.
-    unsafe { sys::cuLaunchKernelEx(&config, function, arguments.as_mut_ptr(), ptr::null_mut()) }.result()
+    unsafe { sys::cuLaunchKernelEx(&config, function.handle, arguments.as_mut_ptr(), ptr::null_mut()) }.result()
 }

@@ -1,10 +1,216 @@
-//! Launches of the products with a 4-bit weight.
+//! Launches of matmul4_skinny.cu and matmul4_wgmma.cu.
 
-use crate::Result;
+use super::device::{Device, device};
+use super::launch::{Grid, Kernel, Launch};
+use super::matmul4_choice::{self as choice, Path};
+use super::tensor_map::{Element, Matrix, TensorMap};
+use crate::blockwise::Absmax;
 use crate::matmul4::{Rows, Weight};
+use crate::matmul4_instances::{SKINNY, STAGE, Skinny, Tokens, WIDE};
+use crate::{Dtype, Result};
+
+/// kernels/matmul4.cuh
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+struct NestedSource {
+    code: u64,
+    absmax: u64,
+    offset: u64,
+    log2_blocksize: i32,
+}
+
+impl NestedSource {
+    fn new(absmax: Absmax) -> Self {
+        match absmax {
+            Absmax::Plain(_) => Self { code: 0, absmax: 0, offset: 0, log2_blocksize: 0 },
+            Absmax::Nested { code, absmax, blocksize, offset, .. } => {
+                Self { code, absmax, offset, log2_blocksize: blocksize.trailing_zeros() as i32 }
+            }
+        }
+    }
+}
+
+/// kernels/matmul4_skinny.cu
+#[repr(C)]
+struct SkinnyProblem {
+    codes: TensorMap,
+    scales: TensorMap,
+    tokens: TensorMap,
+    x: u64,
+    nested: NestedSource,
+    bias: u64,
+    y: u64,
+    m: i32,
+    n: i32,
+    k: i32,
+    log2_blocksize: i32,
+    quant_type: i32,
+    ahead: i32,
+    early: i32,
+}
+
+/// kernels/matmul4_wgmma.cu
+#[repr(C)]
+struct WideProblem {
+    codes: TensorMap,
+    scales: TensorMap,
+    tokens: TensorMap,
+    nested: NestedSource,
+    bias: u64,
+    y: u64,
+    m: i32,
+    n: i32,
+    k: i32,
+    log2_blocksize: i32,
+    quant_type: i32,
+}
+
+/// Rows of W in a box of matmul4_wgmma.cu, and of a cluster of two blocks.
+const WIDE_ROWS: usize = 128;
+
+/// The weight's codes and scales as boxes of `rows` rows and 256 columns.
+fn weight_matrices(weight: &Weight, rows: u32) -> [Matrix; 2] {
+    let (element, address) = match weight.absmax {
+        Absmax::Plain(absmax) => (Element::F32, absmax),
+        Absmax::Nested { codes, .. } => (Element::U8, codes),
+    };
+    let per_box = if element == Element::F32 { 4 } else { 16 };
+    [
+        Matrix {
+            address: weight.codes,
+            element: Element::U8,
+            shape: (weight.n, weight.k / 2),
+            box_shape: (rows, STAGE as u32 / 2),
+            swizzled: true,
+        },
+        Matrix {
+            address,
+            element,
+            shape: (weight.n, weight.k / weight.blocksize),
+            box_shape: (rows, per_box),
+            swizzled: false,
+        },
+    ]
+}
+
+fn token_matrix(weight: &Weight, rows: &Rows, tokens: u32) -> Matrix {
+    Matrix {
+        address: rows.x,
+        element: Element::U16,
+        shape: (rows.m, weight.k),
+        box_shape: (tokens, 64),
+        swizzled: true,
+    }
+}
+
+/// Whether the Hopper kernels take the problem: 16-bit activations, blocks of at least 64 columns that lie within a row, and rows
+/// that the copy engine can read.
+fn fits_hopper(weight: &Weight, rows: &Rows, device: &Device) -> bool {
+    let within = weight.blocksize >= 64 && weight.k.is_multiple_of(weight.blocksize);
+    let small = weight.n < 1 << 30 && weight.k < 1 << 30 && rows.m < 1 << 30;
+    device.target == "sm_90a"
+        && rows.dtype != Dtype::F32
+        && within
+        && small
+        && weight_matrices(weight, 1).iter().all(Matrix::is_copyable)
+        && token_matrix(weight, rows, 1).is_copyable()
+}
 
 /// # Safety
 /// As [`crate::matmul4::matmul_4bit`].
-pub unsafe fn matmul_4bit(_weight: Weight, _rows: Rows, _device: usize, _stream: u64) -> Result<bool> {
-    Ok(false)
+pub unsafe fn matmul_4bit(weight: Weight, rows: Rows, ordinal: usize, stream: u64) -> Result<bool> {
+    let device = device(ordinal)?;
+    if !fits_hopper(&weight, &rows, device) {
+        return Ok(false);
+    }
+    let path = choice::choose(rows.m, weight.n, weight.k, device.multiprocessors as usize);
+    // SAFETY: the caller's promise, handed on.
+    unsafe {
+        match path {
+            Path::Skinny(instance) => skinny(&weight, &rows, instance, ordinal, stream)?,
+            Path::Wide(instance) => wide(&weight, &rows, instance, device.multiprocessors, ordinal, stream)?,
+            Path::Panels => return Ok(false),
+        }
+    }
+    Ok(true)
+}
+
+fn describe(weight: &Weight, rows: &Rows) -> String {
+    let (m, n, k) = (rows.m, weight.n, weight.k);
+    format!("{m} x {k} of {} by {n} x {k} in blocks of {}", rows.dtype.suffix(), weight.blocksize)
+}
+
+unsafe fn skinny(weight: &Weight, rows: &Rows, instance: usize, device: usize, stream: u64) -> Result<()> {
+    let shape: &Skinny = &SKINNY[instance];
+    let tile = 16 * shape.sixteens;
+    let [codes, scales] = weight_matrices(weight, tile);
+    let problem = SkinnyProblem {
+        codes: codes.map()?,
+        scales: scales.map()?,
+        tokens: token_matrix(weight, rows, 8 * shape.eights).map()?,
+        x: rows.x,
+        nested: NestedSource::new(weight.absmax),
+        bias: rows.bias,
+        y: rows.out,
+        m: rows.m as i32,
+        n: weight.n as i32,
+        k: weight.k as i32,
+        log2_blocksize: weight.blocksize.trailing_zeros() as i32,
+        quant_type: weight.quant_type as i32,
+        ahead: shape.depth as i32,
+        early: 0,
+    };
+    debug_assert!(
+        !matches!(shape.tokens, Tokens::Held(stages) if weight.k.div_ceil(STAGE) != (stages * shape.split) as usize)
+    );
+    let groups = (shape.warps / shape.split) as usize;
+    let launch = Launch {
+        device,
+        stream,
+        kernel: Kernel::Skinny4 { instance, dtype: rows.dtype, nested: is_nested(weight) },
+        grid: Grid::Overlapping(weight.n.div_ceil(tile as usize).div_ceil(groups) as u64),
+        describe: &|| describe(weight, rows),
+    };
+    // SAFETY: the parameter of matmul4_skinny.cu's kernels; memory by the caller's promise.
+    unsafe { launch.run(&mut [std::ptr::from_ref(&problem).cast_mut().cast()]) }
+}
+
+unsafe fn wide(
+    weight: &Weight,
+    rows: &Rows,
+    instance: usize,
+    multiprocessors: u32,
+    device: usize,
+    stream: u64,
+) -> Result<()> {
+    let columns = WIDE[instance].columns;
+    let [codes, scales] = weight_matrices(weight, WIDE_ROWS as u32);
+    let problem = WideProblem {
+        codes: codes.map()?,
+        scales: scales.map()?,
+        tokens: token_matrix(weight, rows, columns / 2).map()?,
+        nested: NestedSource::new(weight.absmax),
+        bias: rows.bias,
+        y: rows.out,
+        m: rows.m as i32,
+        n: weight.n as i32,
+        k: weight.k as i32,
+        log2_blocksize: weight.blocksize.trailing_zeros() as i32,
+        quant_type: weight.quant_type as i32,
+    };
+    let clusters = weight.n.div_ceil(2 * WIDE_ROWS) * rows.m.div_ceil(columns as usize);
+    let places = multiprocessors as usize / 2;
+    let launch = Launch {
+        device,
+        stream,
+        kernel: Kernel::Wide4 { instance, dtype: rows.dtype, nested: is_nested(weight) },
+        grid: Grid::Overlapping(2 * clusters.min(places) as u64),
+        describe: &|| describe(weight, rows),
+    };
+    // SAFETY: the parameter of matmul4_wgmma.cu's kernels; memory by the caller's promise.
+    unsafe { launch.run(&mut [std::ptr::from_ref(&problem).cast_mut().cast()]) }
+}
+
+fn is_nested(weight: &Weight) -> bool {
+    matches!(weight.absmax, Absmax::Nested { .. })
 }

@@ -8,6 +8,8 @@ mod driver;
 mod image;
 mod launch;
 pub(crate) mod matmul4;
+mod matmul4_choice;
+mod tensor_map;
 
 pub use device::{DeviceInfo, devices};
 pub use driver::driver_version;

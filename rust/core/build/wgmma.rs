@@ -1,0 +1,35 @@
+//! Writes `wgmma.cuh`: the warpgroup product of Hopper, whose operand lists are too long to write by hand.
+
+use std::fmt::Write as _;
+
+/// The header's text: for each type and number of columns, `d += a b` with `a` (64 x 16) in registers.
+pub fn header() -> crate::Result<String> {
+    let mut text = String::from(
+        "// Written by build.rs. d += a b on a warpgroup: a 64 x 16 from registers, b 16 x N from shared memory by its descriptor, d in\n\
+         // float32. The caller fences, commits and waits.\n\
+         #pragma once\n\
+         template <class E, int N>\nstruct Wgmma;\n",
+    );
+    for (element, kind) in [("ProductBF16", "bf16"), ("ProductF16", "f16")] {
+        for columns in [8, 16, 32, 64, 128, 256] {
+            product(&mut text, element, kind, columns)?;
+        }
+    }
+    Ok(text)
+}
+
+fn product(text: &mut String, element: &str, kind: &str, columns: usize) -> crate::Result<()> {
+    let sums = columns / 2;
+    let numbers = (0..sums).map(|i| format!("%{i}")).collect::<Vec<_>>().join(", ");
+    let outputs = (0..sums).map(|i| format!("\"+f\"(d[{i}])")).collect::<Vec<_>>().join(", ");
+    let [a0, a1, a2, a3, b] = [0, 1, 2, 3, 4].map(|i| sums + i);
+    writeln!(
+        text,
+        "template <>\nstruct Wgmma<{element}, {columns}> {{\n    \
+             static __device__ __forceinline__ void multiply(float (&d)[{sums}], const unsigned (&a)[4], unsigned long long b) {{\n        \
+                 asm volatile(\"wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.{kind}.{kind} {{{numbers}}}, \"\n                     \
+                     \"{{%{a0}, %{a1}, %{a2}, %{a3}}}, %{b}, 1, 1, 1, 0;\"\n                     \
+                     : {outputs}\n                     : \"r\"(a[0]), \"r\"(a[1]), \"r\"(a[2]), \"r\"(a[3]), \"l\"(b));\n    }}\n}};"
+    )?;
+    Ok(())
+}

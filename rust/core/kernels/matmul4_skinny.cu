@@ -1,0 +1,336 @@
+// y = x W^T + bias for few rows of x (tokens) on compute capability 9.0 and later: the time is that of reading W once.
+//
+//   x     m x k of E, m <= 8 * NT          codes  n x k / 2 bytes, the first code of a pair in the high nibble
+//   y     m x n of E                       scales one a block; blocks of 2^log2_blocksize >= 64 elements lie within a row
+//
+// Tensor cores: operand A is 16 rows of W, operand B eight tokens. The sum over k may take any order, so within 64 columns lane t
+// of a row's four takes the 16 columns of 8 packed bytes: bytes 2 s and 2 s + 1 are the two halves of step s of A's fragment,
+// and B's fragment is taken in the same order. Fragment rows g and g + 8 are rows 2 g and 2 g + 1 of the tile, which makes the
+// reads of the swizzled ring free of bank conflicts. A byte becomes two values through a table in shared memory; they are
+// unscaled, and the sum over 64 columns is multiplied by the block's scale in float32.
+//
+// Work: WK warps share a tile of 16 * RT rows; each takes every WK-th stage of 256 columns, through a ring of DEPTH stages of its
+// own in shared memory, filled by the copy engine: codes, scales and, where they do not stay in registers, tokens. They do where
+// WK * NPER stages make up a row (NPER > 0). The warps' sums meet in shared memory and are added in a fixed order. Blocks of the
+// grid are persistent.
+//
+// Bytes: k n / 2 of codes, 4 k n / blocksize of scales; x comes from the L2 cache. What bounds it besides memory is the pipe of
+// shared memory: for 1024 weights 16 table reads, 4 of codes, 4 that the copy engine writes. Instructions, the same: 16 table reads
+// and their addresses, 4 mma, 4 FMA, 4 reads of codes.
+#include "matmul4.cuh"
+#include "matmul4_instances.cuh"
+
+constexpr int STAGE = 256;              // columns
+constexpr int STAGE_BYTES = STAGE / 2;  // of a row's codes
+constexpr int STEP = 64;                // columns of one scale at most
+constexpr int TILE = 16;                // rows of a fragment
+
+struct Problem {
+    TensorMap codes;   // bytes, n x k / 2; boxes of 16 * RT x 128, swizzled by 128 bytes
+    TensorMap scales;  // n x k / blocksize float32 or u8; boxes of 16 * RT x 16 bytes
+    TensorMap tokens;  // m x k of E; boxes of 8 * NT x 64, swizzled by 128 bytes
+    const void* x;
+    NestedSource nested;
+    const void* bias;  // n of E, or null
+    void* y;
+    int m, n, k;
+    int log2_blocksize, quant_type;
+    int ahead;  // stages that are brought near before the previous kernel has ended
+    int early;  // whether the weights were written long before the kernel in front of this one
+};
+
+// HELD: the tokens of a warp's NPER stages stay in registers. READ: they are read again for each tile. COPIED: they come with the
+// codes, through the ring.
+enum Tokens { HELD, READ, COPIED };
+
+template <class E, bool NESTED, int WARPS, int WK, int DEPTH, int NT, int RT, Tokens TOKENS, int NPER, int STRIDE>
+struct Skinny {
+    typedef typename E::storage storage;
+    static constexpr int GROUPS = WARPS / WK;  // tiles in hand
+    static constexpr int ROWS = RT * TILE;
+    static constexpr int SUMS = WK * TILE * 8 * NT;  // floats of one fragment tile's partial sums
+    typedef PairTable<E, STRIDE> Table;
+    static constexpr bool IN_TABLE = STRIDE == 256;  // the partial sums lie in the unused halves of the table's entries
+    static constexpr int BUFFERS = IN_TABLE && GROUPS * SUMS * 2 <= 8192 ? 2 : 1;
+    static_assert(!IN_TABLE || GROUPS * SUMS * BUFFERS <= 8192, "room for the partial sums");
+    static constexpr int KEPT = TOKENS == HELD ? NPER : 1;  // stages of tokens in registers
+    // A slot: codes and tokens; scales apart, so that slots start on 1024 bytes.
+    static constexpr int CODES = ROWS * STAGE_BYTES, TOKEN_BYTES = TOKENS == COPIED ? 8 * NT * STAGE * 2 : 0;
+    static constexpr int SLOT = CODES + TOKEN_BYTES, SCALES = ROWS * 16, RING = DEPTH * SLOT;
+    // From the bottom: what the system takes, barriers, the nested code, scales, partial sums; rings that find room; the table;
+    // the other rings.
+    static constexpr int SYSTEM = 1024, SCALE_RING = 2048, SUM_AT = SCALE_RING + WARPS * DEPTH * SCALES;
+    static constexpr int BOTTOM = SUM_AT + (IN_TABLE ? 0 : 4 * GROUPS * SUMS * BUFFERS);
+    static constexpr int RINGS_BELOW = (Table::BYTES - SYSTEM - BOTTOM) / RING;
+    static constexpr int BYTES = 2 * Table::BYTES - SYSTEM + (WARPS > RINGS_BELOW ? WARPS - RINGS_BELOW : 0) * RING;
+    static_assert(WARPS * DEPTH * 8 <= 1024, "room for the barriers");
+
+    // Where a warp is: a tile of rows and a stage of columns, and what follows.
+    struct Place {
+        int row0, stage;
+
+        __device__ __forceinline__ void next(int wk, int per, int rows_in_hand) {
+            stage += WK;
+            if (stage >= per * WK) stage = wk, row0 += rows_in_hand;
+        }
+    };
+
+    // One lane asks for a stage.
+    static __device__ __forceinline__ void ask(const Problem& p, const Place& at, unsigned slot, unsigned scales, unsigned barrier) {
+        expect_bytes(barrier, SLOT + SCALES);
+        copy_box(slot, &p.codes, at.stage * STAGE_BYTES, at.row0, barrier);
+        copy_box(scales, &p.scales, first_scale(p, at.stage), at.row0, barrier);
+        if (TOKENS == COPIED) {
+#pragma unroll
+            for (int b = 0; b < 4; b++)
+                copy_box(slot + CODES + b * 1024 * NT, &p.tokens, at.stage * STAGE + b * STEP, 0, barrier);
+        }
+    }
+
+    // The scales that are copied for a stage start at a multiple of 16 bytes.
+    static __device__ __forceinline__ int first_scale(const Problem& p, int stage) {
+        return (stage * STAGE >> p.log2_blocksize) & (NESTED ? ~15 : ~3);
+    }
+
+    // This lane's part of a stage of tokens, in the order of the codes' fragments. What there is no token for stays as it is.
+    static __device__ __forceinline__ void read_tokens(const Problem& p, int stage, unsigned (&tokens)[NT][4][8]) {
+        const int lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
+#pragma unroll
+        for (int i = 0; i < NT; i++) {
+            const int token = i * 8 + g;
+            const uint4* from = reinterpret_cast<const uint4*>((const storage*)p.x + ((i64)token * p.k + stage * STAGE + t * 16));
+#pragma unroll
+            for (int b = 0; b < 4; b++) {
+                if (token < p.m && stage * STAGE + b * STEP < p.k) {
+#pragma unroll
+                    for (int half = 0; half < 2; half++) put(tokens[i][b], half, __ldg(from + b * 8 + half));
+                } else if (stage * STAGE + b * STEP >= p.k) {
+#pragma unroll
+                    for (int half = 0; half < 2; half++) put(tokens[i][b], half, make_uint4(0, 0, 0, 0));
+                }
+            }
+        }
+    }
+
+    static __device__ __forceinline__ void put(unsigned (&tokens)[8], int half, const uint4& v) {
+        tokens[4 * half] = v.x, tokens[4 * half + 1] = v.y, tokens[4 * half + 2] = v.z, tokens[4 * half + 3] = v.w;
+    }
+
+    // The same from the ring.
+    static __device__ __forceinline__ void fetch_tokens(unsigned from, unsigned (&tokens)[NT][4][8]) {
+        const int lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
+#pragma unroll
+        for (int i = 0; i < NT; i++)
+#pragma unroll
+            for (int b = 0; b < 4; b++)
+#pragma unroll
+                for (int half = 0; half < 2; half++)
+                    put(tokens[i][b], half, load_shared4(from + b * 1024 * NT + (i * 8 + g) * 128 + (((2 * t + half) ^ g) << 4)));
+    }
+
+    // This lane's codes of a stage: of rows 2 g and 2 g + 1 of a fragment tile, 8 bytes of each 64 columns.
+    static __device__ __forceinline__ void fetch_codes(unsigned from, uint2 (&packed)[2][4]) {
+        const int lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            const int row = 2 * g + h;
+#pragma unroll
+            for (int b = 0; b < 4; b++)
+                packed[h][b] = load_shared2(from + row * STAGE_BYTES + (((b * 2 + t / 2) ^ (row & 7)) << 4) + t % 2 * 8);
+        }
+    }
+
+    // The scales of the stage's four steps in rows 2 g and 2 g + 1.
+    static __device__ __forceinline__ void fetch_scales(const Problem& p, unsigned from, const Place& at, const float* nested_code,
+                                                        float offset, float inverse_factor, float (&scale)[2][4]) {
+        const int lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
+        const int first = at.stage * STAGE >> p.log2_blocksize, within = first - first_scale(p, at.stage);
+        if (!NESTED) {
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                const unsigned row = from + (2 * g + h) * 16;
+                if (p.log2_blocksize == 6) {
+                    const uint4 v = load_shared4(row);
+                    scale[h][0] = __uint_as_float(v.x), scale[h][1] = __uint_as_float(v.y);
+                    scale[h][2] = __uint_as_float(v.z), scale[h][3] = __uint_as_float(v.w);
+                } else {
+#pragma unroll
+                    for (int b = 0; b < 4; b++)
+                        scale[h][b] = __uint_as_float(load_shared(row + 4 * (within + (b * STEP >> p.log2_blocksize))));
+                }
+#pragma unroll
+                for (int b = 0; b < 4; b++) scale[h][b] *= inverse_factor;
+            }
+        } else {
+            // Lane t decodes step t and hands it on.
+            const int mine = t * STEP >> p.log2_blocksize, pitch = p.k >> p.log2_blocksize;
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                const int row = 2 * g + h;
+                const unsigned code = load_shared_u8(from + row * 16 + within + mine);
+                const i64 block = (i64)min(at.row0 + row, p.n - 1) * pitch + min(first + mine, pitch - 1);
+                const float absmax = p.nested.absmax_of(block);
+                const float own = nested_scale(nested_code[code], absmax, offset) * inverse_factor;
+#pragma unroll
+                for (int b = 0; b < 4; b++) scale[h][b] = __shfl_sync(FULL_WARP, own, (lane & ~3) | b);
+            }
+        }
+    }
+
+    // One fragment tile and one stage: sum += codes * tokens, scaled.
+    static __device__ __forceinline__ void multiply(const uint2 (&packed)[2][4], unsigned lane_base, const float (&scale)[2][4],
+                                                    const unsigned (&tokens)[NT][4][8], float (&sum)[NT][4]) {
+#pragma unroll
+        for (int b = 0; b < 4; b++) {
+            float part[NT][4] = {};
+#pragma unroll
+            for (int s = 0; s < 4; s++) {
+                const unsigned u = s < 2 ? packed[0][b].x : packed[0][b].y, v = s < 2 ? packed[1][b].x : packed[1][b].y;
+                unsigned a[4];
+                if (s % 2 == 0) {
+                    a[0] = Table::template look_up<0>(u, lane_base), a[1] = Table::template look_up<0>(v, lane_base);
+                    a[2] = Table::template look_up<1>(u, lane_base), a[3] = Table::template look_up<1>(v, lane_base);
+                } else {
+                    a[0] = Table::template look_up<2>(u, lane_base), a[1] = Table::template look_up<2>(v, lane_base);
+                    a[2] = Table::template look_up<3>(u, lane_base), a[3] = Table::template look_up<3>(v, lane_base);
+                }
+#pragma unroll
+                for (int i = 0; i < NT; i++) E::mma(part[i], a, tokens[i][b][2 * s], tokens[i][b][2 * s + 1]);
+            }
+            const float first = scale[0][b], second = scale[1][b];
+#pragma unroll
+            for (int i = 0; i < NT; i++) {
+                sum[i][0] = __fmaf_rn(part[i][0], first, sum[i][0]), sum[i][1] = __fmaf_rn(part[i][1], first, sum[i][1]);
+                sum[i][2] = __fmaf_rn(part[i][2], second, sum[i][2]), sum[i][3] = __fmaf_rn(part[i][3], second, sum[i][3]);
+            }
+        }
+    }
+
+    static __device__ __forceinline__ unsigned sum_address(unsigned sums, int i) {
+        return IN_TABLE ? sums + i / 32 * 256 + i % 32 * 4 : sums + i * 4;
+    }
+
+    // Adds the warps' sums of a fragment tile, rounds them and writes them out. `first` is the index of their first partial sum.
+    static __device__ __forceinline__ void reduce(const Problem& p, unsigned sums, int first, int group, int wk, int row0,
+                                                  const float (&sum)[NT][4]) {
+        const int lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
+        if (BUFFERS == 1) barrier(1 + group, WK * WARP);  // the sums before these have been read
+#pragma unroll
+        for (int i = 0; i < NT; i++)
+#pragma unroll
+            for (int j = 0; j < 2; j++)
+                store_shared2(sum_address(sums, first + (wk * 8 * NT + i * 8 + t * 2 + j) * TILE + 2 * g), sum[i][j], sum[i][2 + j]);
+        barrier(1 + group, WK * WARP);
+        const int count = min(p.m, 8 * NT) * TILE;
+        for (int e = wk * WARP + lane; e < count; e += WK * WARP) {
+            float total = 0.0f;
+#pragma unroll
+            for (int w = 0; w < WK; w++)
+                total += __uint_as_float(load_shared(sum_address(sums, first + w * 8 * NT * TILE + e)));
+            const int token = e / TILE, row = row0 + e % TILE;
+            if (row >= p.n) continue;
+            if (p.bias) total += E::widen(((const storage*)p.bias)[row]);
+            ((storage*)p.y)[(i64)token * p.n + row] = E::narrow(total);
+        }
+    }
+
+    static __device__ __forceinline__ void run(const Problem& p) {
+        extern __shared__ __align__(1024) unsigned char shared[];
+        const unsigned bottom = shared_address(shared);
+        const unsigned table = (bottom + Table::BYTES - 1) & ~(Table::BYTES - 1);
+        const unsigned sums = IN_TABLE ? table + 128 : bottom + SUM_AT;
+        const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, group = warp / WK, wk = warp % WK;
+        const unsigned barriers = bottom + warp * DEPTH * 8;
+        const unsigned ring = warp < RINGS_BELOW ? table - (warp + 1) * RING : table + Table::BYTES + (warp - RINGS_BELOW) * RING;
+        const unsigned scale_ring = bottom + SCALE_RING + warp * DEPTH * SCALES;
+        float* const nested_code = reinterpret_cast<float*>(shared + 1024);
+
+        const int stages = (p.k + STAGE - 1) / STAGE, per = TOKENS == HELD ? NPER : (stages + WK - 1) / WK;
+        const int tiles = (p.n + ROWS - 1) / ROWS, in_hand = gridDim.x * GROUPS;
+        const int first = blockIdx.x + group * gridDim.x;  // neighbouring tiles on different multiprocessors
+        const int own = first < tiles ? (tiles - first + in_hand - 1) / in_hand : 0;
+
+        Place asked{first * ROWS, wk};
+        int left = own * per;
+        auto ask_next = [&](int slot) {
+            if (left > 0) ask(p, asked, ring + slot * SLOT, scale_ring + slot * SCALES, barriers + slot * 8);
+            asked.next(wk, per, in_hand * ROWS);
+            left--;
+        };
+        if (lane == 0) {
+#pragma unroll
+            for (int d = 0; d < DEPTH; d++) init_mbarrier(barriers + d * 8, 1);
+            publish_mbarriers();
+            if (p.early) {
+#pragma unroll
+                for (int d = 0; d < DEPTH; d++) ask_next(d);
+            } else {
+                // Reading the codes must wait, bringing them near need not: a later write is seen in the L2 cache all the same.
+                Place near = asked;
+                for (int d = 0; d < min(p.ahead, left); d++) {
+                    prefetch_box(&p.codes, near.stage * STAGE_BYTES, near.row0);
+                    prefetch_box(&p.scales, first_scale(p, near.stage), near.row0);
+                    near.next(wk, per, in_hand * ROWS);
+                }
+            }
+        }
+        __syncwarp();
+        Table::fill(table, p.quant_type);
+        wait_for_previous_kernel();
+        if (lane == 0 && !p.early) {
+#pragma unroll
+            for (int d = 0; d < DEPTH; d++) ask_next(d);
+        }
+        __syncwarp();
+        let_next_kernel_start();
+        if (NESTED) load_nested_code(nested_code, p.nested);
+        const float offset = NESTED ? __ldg(p.nested.offset) : 0.0f, inverse_factor = 1.0f / product_factor<E>(p.quant_type);
+        unsigned tokens[KEPT][NT][4][8] = {};
+        if (TOKENS == HELD) {
+#pragma unroll
+            for (int i = 0; i < KEPT; i++) read_tokens(p, i * WK + wk, tokens[i]);
+        }
+        __syncthreads();
+
+        const unsigned lane_base = table | (lane * 4);
+        int slot = 0, phase = 0, parity = 0;
+        for (int tile = 0; tile < own; tile++) {
+            const int row0 = (first + tile * in_hand) * ROWS;
+            float sum[RT][NT][4] = {};
+#pragma unroll
+            for (int i = 0; i < (TOKENS == HELD ? NPER : per); i++) {
+                const Place at{row0, i * WK + wk};
+                if (TOKENS == READ) read_tokens(p, at.stage, tokens[0]);
+                wait_mbarrier(barriers + slot * 8, phase);
+                const unsigned here = ring + slot * SLOT;
+                if (TOKENS == COPIED) fetch_tokens(here + CODES, tokens[0]);
+#pragma unroll
+                for (int r = 0; r < RT; r++) {
+                    uint2 packed[2][4];
+                    float scale[2][4];
+                    fetch_codes(here + r * TILE * STAGE_BYTES, packed);
+                    const Place part{row0 + r * TILE, at.stage};
+                    fetch_scales(p, scale_ring + slot * SCALES + r * TILE * 16, part, nested_code, offset, inverse_factor, scale);
+                    multiply(packed, lane_base, scale, tokens[TOKENS == HELD ? i : 0], sum[r]);
+                }
+                __syncwarp();  // everybody has read the slot
+                if (lane == 0) ask_next(slot);
+                if (++slot == DEPTH) slot = 0, phase ^= 1;
+            }
+#pragma unroll
+            for (int r = 0; r < RT; r++) {
+                reduce(p, sums, (group * BUFFERS + (BUFFERS - 1) * parity) * SUMS, group, wk, row0 + r * TILE, sum[r]);
+                parity ^= 1;
+            }
+        }
+    }
+};
+
+// One block on a multiprocessor may take 227 KB of shared memory, each of two 113.
+#define SKINNY(NAME, RESIDENT, WARPS, E, ...)                                                                            \
+    extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) NAME(const __grid_constant__ Problem p) {         \
+        typedef Skinny<Product##E, __VA_ARGS__> Instance;                                                                \
+        static_assert(Instance::BYTES <= 228 * 1024 / RESIDENT - 1024, "shared memory");                                 \
+        Instance::run(p);                                                                                                \
+    }
+SKINNY_INSTANCES

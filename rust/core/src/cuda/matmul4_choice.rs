@@ -1,0 +1,89 @@
+//! Which kernel multiplies with a 4-bit weight: the one rule.
+
+use std::sync::OnceLock;
+
+use crate::matmul4_instances::{SKINNY, STAGE, Tokens, WIDE};
+
+/// A way to multiply.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Path {
+    /// An instance of matmul4_skinny.cu.
+    Skinny(usize),
+    /// An instance of matmul4_wgmma.cu.
+    Wide(usize),
+    /// The caller dequantizes panels and multiplies with torch's own product.
+    Panels,
+}
+
+/// The path for `m` tokens and a weight of `n` x `k` on Hopper.
+pub fn choose(m: usize, n: usize, k: usize, multiprocessors: usize) -> Path {
+    if let Some(path) = forced(m, k) {
+        return path;
+    }
+    if m <= 16 {
+        return Path::Skinny(skinny(m, n, k));
+    }
+    let columns = |instance: usize| (Path::Wide(instance), wide_us(instance, m, n, k, multiprocessors));
+    let candidates = [columns(0), columns(1), columns(2), (Path::Panels, panels_us(m, n, k))];
+    candidates.into_iter().min_by(|a, b| a.1.total_cmp(&b.1)).map_or(Path::Panels, |(path, _)| path)
+}
+
+/// Instances of matmul4_skinny.cu, measured on an H200 (times the floor, of the best two):
+///
+/// | tokens | 4096x4096 | 14336x4096 | 4096x14336 | 8192x8192 | 28672x8192 | 8192x28672 |
+/// |---|---|---|---|---|---|---|
+/// | 1 | small 2.8, held 2.9 | large 1.9, small 2.0 | small 1.7, large 2.0 | small 1.7, held 1.7 | held 1.3, large 1.4 | large 1.2, small 1.4 |
+/// | 8 | copied8 2.8, copied4 3.0 | copied4 1.9, copied8 2.0 | copied8 1.7, copied4 2.0 | copied 1.7, held 1.9 | held 1.3, copied8 1.4 | copied8 1.4, copied4 1.4 |
+fn skinny(m: usize, n: usize, k: usize) -> usize {
+    let held = k > (STAGE * 31) && k.div_ceil(STAGE) == 32;
+    let name = match m {
+        9.. => "sixteen",
+        _ if held && n >= 16384 => "held",
+        3.. if n > 8192 && k <= 4096 => "copied4",
+        3.. => "copied8",
+        _ if n * k >= 160 << 20 => "large",
+        _ => "small",
+    };
+    by_name(name).unwrap_or(0)
+}
+
+fn by_name(name: &str) -> Option<usize> {
+    SKINNY.iter().position(|instance| instance.name == name)
+}
+
+/// Microseconds of matmul4_wgmma.cu on an H200: so many rounds of tiles, each of so many steps of 64 columns, and what comes before
+/// and after. Measured at k = 4096 and 14336.
+fn wide_us(instance: usize, m: usize, n: usize, k: usize, multiprocessors: usize) -> f64 {
+    let (step, tile) = [(0.42, 1.0), (0.466, 1.5), (0.725, 2.0)][instance];
+    let tiles = n.div_ceil(256) * m.div_ceil(WIDE[instance].columns as usize);
+    let rounds = tiles.div_ceil(multiprocessors / 2) as f64;
+    4.0 + rounds * (tile + step * k.div_ceil(64) as f64)
+}
+
+/// The same for panels: dequantization at 1.07 times its floor, then the product in 16 bits at 4 TB/s or 770 TFLOP/s.
+fn panels_us(m: usize, n: usize, k: usize) -> f64 {
+    let (m, n, k) = (m as f64, n as f64, k as f64);
+    let dequantize = 2.0 + n * k * 2.5625 * 1.07 / 4.27e6;
+    let product = (2.0 * (n * k + m * (n + k)) / 4e6).max(2.0 * m * n * k / 770e6);
+    dequantize + 4.0 + product
+}
+
+/// The path that the environment variable `FEWBITS_MATMUL4` names, read once: an instance of the kernel for few tokens by its name,
+/// `wide64`, `wide128`, `wide256`, or `panels`. It is passed over where its kernel does not take the problem.
+fn forced(m: usize, k: usize) -> Option<Path> {
+    static NAME: OnceLock<Option<String>> = OnceLock::new();
+    let name = NAME.get_or_init(|| std::env::var("FEWBITS_MATMUL4").ok()).as_deref()?;
+    if name == "panels" {
+        return Some(Path::Panels);
+    }
+    if let Some(instance) = WIDE.iter().position(|wide| name == format!("wide{}", wide.columns)) {
+        return Some(Path::Wide(instance));
+    }
+    let instance = by_name(name)?;
+    let shape = SKINNY[instance];
+    let held = match shape.tokens {
+        Tokens::Held(stages) => k.div_ceil(STAGE) == (stages * shape.split) as usize,
+        _ => true,
+    };
+    (m <= 8 * shape.eights as usize && held).then_some(Path::Skinny(instance))
+}
