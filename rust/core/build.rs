@@ -33,11 +33,12 @@ type Result<T> = std::result::Result<T, Box<dyn Error>>;
 const TARGETS: [&str; 9] =
     ["compute_70", "compute_80", "sm_75", "sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120"];
 /// One kernel file each, and what it is compiled for.
-const FAMILIES: [(&str, &[&str]); 5] = [
+const FAMILIES: [(&str, &[&str]); 6] = [
     ("quantize", &TARGETS),
     ("dequantize", &TARGETS),
     ("double_quant", &TARGETS),
     ("matmul4_skinny", &HOPPER),
+    ("matmul4_mid", &HOPPER),
     ("matmul4_wgmma", &HOPPER),
 ];
 /// What uses instructions of Hopper alone.

@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use crate::matmul4_instances::{SCALES, SKINNY, TYPES, Tokens, WIDE};
+use crate::matmul4_instances::{MID, SCALES, SKINNY, TYPES, Tokens, WIDE};
 
 /// The header's text.
 pub fn header() -> crate::Result<String> {
@@ -32,6 +32,19 @@ pub fn header() -> crate::Result<String> {
             write!(
                 text,
                 " \\\n    WIDE(matmul4_wide_{columns}_{kind}_{scales}, {element}, {nested}, {columns}, {codes}, {tokens})"
+            )?;
+        }
+        Ok(())
+    })?;
+    text.push_str("\n#define MID_INSTANCES");
+    for_types(|kind, element, scales, nested| {
+        for m in MID {
+            let (name, columns, groups, halves, split) = (m.name(), m.columns, m.groups, m.halves, m.split);
+            let (codes, tokens) = (m.code_slots, m.token_slots);
+            write!(
+                text,
+                " \\\n    MID(matmul4_mid_{name}_{kind}_{scales}, {element}, {nested}, {columns}, {groups}, {halves}, {split}, \
+                 {codes}, {tokens})"
             )?;
         }
         Ok(())

@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 /// The header's text: for each type and number of columns, `d += a b` with `a` (64 x 16) in registers.
 pub fn header() -> crate::Result<String> {
     let mut text = String::from(
-        "// Written by build.rs. d += a b on a warpgroup: a 64 x 16 from registers, b 16 x N from shared memory by its descriptor, d in\n\
+        "// Written by build.rs. d += a b on a warpgroup (`start`: d = a b): a 64 x 16 from registers, b 16 x N from shared memory by its descriptor, d in\n\
          // float32. The caller fences, commits and waits.\n\
          #pragma once\n\
          template <class E, int N>\nstruct Wgmma;\n",
@@ -23,13 +23,18 @@ fn product(text: &mut String, element: &str, kind: &str, columns: usize) -> crat
     let numbers = (0..sums).map(|i| format!("%{i}")).collect::<Vec<_>>().join(", ");
     let outputs = (0..sums).map(|i| format!("\"+f\"(d[{i}])")).collect::<Vec<_>>().join(", ");
     let [a0, a1, a2, a3, b] = [0, 1, 2, 3, 4].map(|i| sums + i);
-    writeln!(
-        text,
-        "template <>\nstruct Wgmma<{element}, {columns}> {{\n    \
-             static __device__ __forceinline__ void multiply(float (&d)[{sums}], const unsigned (&a)[4], unsigned long long b) {{\n        \
+    let fresh = outputs.replace('+', "=");
+    writeln!(text, "template <>\nstruct Wgmma<{element}, {columns}> {{")?;
+    // `start` takes d as 0.
+    for (name, add, operands) in [("multiply", 1, &outputs), ("start", 0, &fresh)] {
+        writeln!(
+            text,
+            "    static __device__ __forceinline__ void {name}(float (&d)[{sums}], const unsigned (&a)[4], unsigned long long b) {{\n        \
                  asm volatile(\"wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.{kind}.{kind} {{{numbers}}}, \"\n                     \
-                     \"{{%{a0}, %{a1}, %{a2}, %{a3}}}, %{b}, 1, 1, 1, 0;\"\n                     \
-                     : {outputs}\n                     : \"r\"(a[0]), \"r\"(a[1]), \"r\"(a[2]), \"r\"(a[3]), \"l\"(b));\n    }}\n}};"
-    )?;
+                     \"{{%{a0}, %{a1}, %{a2}, %{a3}}}, %{b}, {add}, 1, 1, 0;\"\n                     \
+                     : {operands}\n                     : \"r\"(a[0]), \"r\"(a[1]), \"r\"(a[2]), \"r\"(a[3]), \"l\"(b));\n    }}"
+        )?;
+    }
+    writeln!(text, "}};")?;
     Ok(())
 }

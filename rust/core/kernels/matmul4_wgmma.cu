@@ -11,19 +11,16 @@
 // fetches half of the tokens for both: without that the reads of x from the L2 cache would be the bound. In a block one thread
 // asks the copy engine for codes, scales (256 columns a slot) and tokens (64 columns a slot); two warpgroups multiply 64 rows each.
 // Clusters are persistent; consecutive tiles share rows and tokens in the L2 cache.
-#include "matmul4.cuh"
+#include "matmul4_hopper.cuh"
 #include "matmul4_instances.cuh"
-#include "wgmma.cuh"
 
 struct Problem {
     TensorMap codes;   // bytes, n x k / 2; boxes of 128 x 128, swizzled by 128 bytes
     TensorMap scales;  // n x k / blocksize float32 or u8; boxes of 128 x 16 bytes
     TensorMap tokens;  // m x k of E; boxes of COLUMNS / 2 x 64, swizzled by 128 bytes
     NestedSource nested;
-    const void* bias;  // n of E, or null
-    void* y;
-    int m, n, k;
-    int log2_blocksize, quant_type;
+    Output out;
+    int k, log2_blocksize, quant_type;
 };
 
 constexpr int ROWS = 128;       // of a block; a warpgroup has half
@@ -50,12 +47,11 @@ struct Wide {
     typedef typename E::storage storage;
     static constexpr int SUMS = COLUMNS / 2;  // of a thread
     static constexpr int CODES = ROWS * SLOT_COLUMNS / 2, SCALES = ROWS * 16, TOKENS = COLUMNS * STEP * 2;
-    static constexpr int CHUNK = 32, STAGING = CHUNK * 16 * 2;  // tokens that a warp writes at a time, and their bytes
     // From the bottom: what the system takes, barriers, codes, scales, results; the table; tokens; the nested code.
     static constexpr int SYSTEM = 1024, TABLE = 65536;
     static constexpr int CODE_RING = 2048 - SYSTEM, SCALE_RING = CODE_RING + CODE_SLOTS * CODES;
     static constexpr int RESULTS = SCALE_RING + CODE_SLOTS * SCALES;
-    static_assert(RESULTS + 8 * STAGING <= TABLE - SYSTEM, "below the table");
+    static_assert(RESULTS + 8 * WRITE_STAGING <= TABLE - SYSTEM, "below the table");
     static constexpr int TOKEN_RING = 2 * TABLE - SYSTEM, NESTED_CODE = TOKEN_RING + TOKEN_SLOTS * TOKENS;
     static constexpr int BYTES = NESTED_CODE + (NESTED ? 1024 : 0);
 
@@ -65,13 +61,13 @@ struct Wide {
 
     // Tile `index` of this cluster's sequence: GROUP tiles of rows, then the next tokens, then the next rows.
     static __device__ __forceinline__ Tile tile(const Problem& p, int index) {
-        const int rows = (p.n + CLUSTER * ROWS - 1) / (CLUSTER * ROWS), tokens = (p.m + COLUMNS - 1) / COLUMNS;
+        const int rows = (p.out.n + CLUSTER * ROWS - 1) / (CLUSTER * ROWS), tokens = (p.out.m + COLUMNS - 1) / COLUMNS;
         const int group = index / (GROUP * tokens), within = index % (GROUP * tokens);
         const int height = min(GROUP, rows - group * GROUP);
         return {(group * GROUP + within % height) * CLUSTER * ROWS, within / height * COLUMNS};
     }
     static __device__ __forceinline__ int tile_count(const Problem& p) {
-        return ((p.n + CLUSTER * ROWS - 1) / (CLUSTER * ROWS)) * ((p.m + COLUMNS - 1) / COLUMNS);
+        return ((p.out.n + CLUSTER * ROWS - 1) / (CLUSTER * ROWS)) * ((p.out.m + COLUMNS - 1) / COLUMNS);
     }
 
     // Whole slots of codes: what lies past the last column reads as 0.
@@ -82,23 +78,6 @@ struct Wide {
     static __device__ __forceinline__ int first_scale(const Problem& p, int slot) {
         return (slot * SLOT_COLUMNS >> p.log2_blocksize) & (NESTED ? ~15 : ~3);
     }
-
-    // One position of a ring, and the parity of its round.
-    template <int SLOTS>
-    struct Cursor {
-        int slot = 0, round = 0;
-
-        __device__ __forceinline__ void next() {
-            if (++slot == SLOTS) slot = 0, round ^= 1;
-        }
-    };
-
-    struct Barriers {
-        unsigned codes_here, codes_free, tokens_here, tokens_free;
-
-        __device__ __forceinline__ explicit Barriers(unsigned base)
-            : codes_here(base), codes_free(base + 64), tokens_here(base + 128), tokens_free(base + 256) {}
-    };
 
     static __device__ __forceinline__ void produce(const Problem& p, unsigned base, const Barriers& barriers, unsigned rank) {
         Cursor<CODE_SLOTS> c;
@@ -146,7 +125,7 @@ struct Wide {
             const unsigned at = scales + (row + below) * 16;
             if (!NESTED) return __uint_as_float(load_shared(at + within * 4));
             const int pitch = p.k >> p.log2_blocksize;
-            const i64 index = (i64)min(row0 + row + below, p.n - 1) * pitch + min(block, pitch - 1);
+            const i64 index = (i64)min(row0 + row + below, p.out.n - 1) * pitch + min(block, pitch - 1);
             const float absmax = p.nested.absmax_of(index);
             return nested_scale(nested_code[load_shared_u8(at + within)], absmax, offset);
         }
@@ -197,9 +176,7 @@ struct Wide {
                     decoder.decode(p, base + CODE_RING + c.slot * CODES, base + SCALE_RING + c.slot * SCALES, row0, step0 + q, a[q % 2]);
                     wait_mbarrier(barriers.tokens_here + t.slot * 8, t.round);
                     fence_products();
-                    // Rows of 128 bytes, swizzled; eight of them every 1024 bytes.
-                    const unsigned long long tokens = (unsigned long long)((base + TOKEN_RING + t.slot * TOKENS) >> 4) | 1ull << 16 |
-                                                      64ull << 32 | 1ull << 62;
+                    const unsigned long long tokens = token_descriptor(base + TOKEN_RING + t.slot * TOKENS);
 #pragma unroll
                     for (int s = 0; s < 4; s++) Wgmma<E, COLUMNS>::multiply(sum, a[q % 2][s], tokens + s * 2);
                     commit_products();
@@ -214,50 +191,7 @@ struct Wide {
             }
             wait_for_products<0>();
             release_tokens(before);
-            write(p, base + RESULTS + (group * 4 + warp) * STAGING, at.token, row0 + group * 64 + warp * 16, sum);
-        }
-    }
-
-    // Adds the bias, rounds, transposes through this warp's own shared memory and writes, 32 tokens of 16 rows at a time.
-    static __device__ __forceinline__ void write(const Problem& p, unsigned staging, int token0, int row0, const float (&sum)[SUMS]) {
-        const int lane = threadIdx.x % WARP, own = row0 + lane / 4;
-        float upper = 0.0f, lower = 0.0f;
-        if (p.bias) {
-            upper = own < p.n ? E::widen(((const storage*)p.bias)[own]) : 0.0f;
-            lower = own + 8 < p.n ? E::widen(((const storage*)p.bias)[own + 8]) : 0.0f;
-        }
-        const bool aligned = p.n % 8 == 0 && is_aligned(p.y, 16);
-        // A token's 32 bytes are two pieces; every fourth token swaps them, so that eight tokens meet all banks.
-        const int to_token = lane / 16 * 8 + lane % 8, to = to_token * 32 + (((lane / 8) ^ (lane / 4)) & 1) * 16;
-        const int from_token = lane / 2, piece = lane & 1, from = from_token * 32 + ((piece ^ (from_token >> 2)) & 1) * 16;
-        const int row = row0 + piece * 8;
-#pragma unroll
-        for (int o = 0; o < COLUMNS / CHUNK; o++) {
-            if (token0 + o * CHUNK >= p.m) break;
-            __syncwarp();  // the chunk before has been read
-#pragma unroll
-            for (int pair = 0; pair < CHUNK / 16; pair++) {
-                const float* v = &sum[(o * (CHUNK / 8) + pair * 2) * 4];
-                // Matrices: upper rows and lower rows of eight tokens, then of the next eight.
-                store_transposed(staging + pair * 512 + to, E::pack2(v[0] + upper, v[1] + upper), E::pack2(v[2] + lower, v[3] + lower),
-                                 E::pack2(v[4] + upper, v[5] + upper), E::pack2(v[6] + lower, v[7] + lower));
-            }
-            __syncwarp();
-#pragma unroll
-            for (int pair = 0; pair < CHUNK / 16; pair++) {
-                const int token = token0 + o * CHUNK + pair * 16 + from_token;
-                const uint4 v = load_shared4(staging + pair * 512 + from);
-                if (token >= p.m || row >= p.n) continue;
-                storage* const y = (storage*)p.y + ((i64)token * p.n + row);
-                if (aligned) {
-                    *reinterpret_cast<uint4*>(y) = v;
-                } else {
-                    const storage* const values = reinterpret_cast<const storage*>(&v);
-#pragma unroll
-                    for (int i = 0; i < 8; i++)
-                        if (row + i < p.n) y[i] = values[i];
-                }
-            }
+            write_sums<E>(p.out, base + RESULTS + (group * 4 + warp) * WRITE_STAGING, at.token, row0 + group * 64 + warp * 16, sum);
         }
     }
 

@@ -114,6 +114,10 @@ __device__ __forceinline__ unsigned load_shared_u8(unsigned address) {
     return v;
 }
 
+__device__ __forceinline__ void store_shared(unsigned address, float v) {
+    asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(v) : "memory");
+}
+
 __device__ __forceinline__ void store_shared2(unsigned address, float a, float b) {
     asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(a), "f"(b) : "memory");
 }
@@ -204,6 +208,21 @@ __device__ __forceinline__ unsigned cluster_rank() {
 // Waits until all threads of the cluster have come here.
 __device__ __forceinline__ void cluster_sync() {
     asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// Reads shared memory of block `rank` of the cluster.
+__device__ __forceinline__ float load_cluster(unsigned address, unsigned rank) {
+    float v;
+    asm volatile(
+        "{\n"
+        ".reg .b32 remote;\n"
+        "mapa.shared::cluster.u32 remote, %1, %2;\n"
+        "ld.shared::cluster.f32 %0, [remote];\n"
+        "}"
+        : "=f"(v)
+        : "r"(address), "r"(rank)
+        : "memory");
+    return v;
 }
 
 // Stores four 8 x 8 matrices of 16-bit elements transposed; lane l gives the address of row l % 8 of matrix l / 8.

@@ -80,6 +80,53 @@ pub const WIDE: [Wide; 3] = [
     Wide { columns: 256, code_slots: 3, token_slots: 3 },
 ];
 
+/// Template arguments of matmul4_mid.cu, and what an instance takes on an H200.
+#[derive(Debug, Clone, Copy)]
+pub struct Mid {
+    /// Tokens of a tile.
+    pub columns: u32,
+    /// Sixty-fours of rows of a tile.
+    pub groups: u32,
+    /// Warpgroups that take turns along k.
+    pub halves: u32,
+    /// Blocks that share a tile along k.
+    pub split: u32,
+    /// Slots of 256 columns of codes.
+    pub code_slots: u32,
+    /// Slots of 64 columns of tokens.
+    pub token_slots: u32,
+    /// Microseconds of 64 columns of a tile, and of all that comes before and after (measured at k = 4096 and 14336).
+    pub step_us: f64,
+    /// See `step_us`.
+    pub fixed_us: f64,
+}
+
+impl Mid {
+    /// What it is called in a kernel's name.
+    pub fn name(&self) -> String {
+        format!("{}x{}_{}", self.columns, 64 * self.groups, self.split)
+    }
+}
+
+/// All of them.
+pub const MID: [Mid; 11] = [
+    mid(16, [4, 1, 1], [3, 16], 0.330, 3.8),
+    mid(16, [2, 1, 1], [4, 16], 0.202, 3.3),
+    mid(16, [2, 1, 2], [4, 16], 0.208, 4.7),
+    mid(16, [1, 2, 2], [6, 16], 0.110, 4.7),
+    mid(32, [4, 1, 1], [3, 8], 0.409, 3.4),
+    mid(32, [2, 1, 1], [4, 10], 0.230, 2.9),
+    mid(32, [2, 1, 2], [4, 10], 0.229, 5.1),
+    mid(32, [1, 2, 2], [6, 12], 0.125, 5.1),
+    mid(64, [2, 1, 1], [4, 8], 0.274, 3.8),
+    mid(64, [2, 1, 2], [3, 6], 0.292, 6.3),
+    mid(64, [1, 2, 2], [6, 8], 0.160, 6.3),
+];
+
+const fn mid(columns: u32, [groups, halves, split]: [u32; 3], slots: [u32; 2], step_us: f64, fixed_us: f64) -> Mid {
+    Mid { columns, groups, halves, split, code_slots: slots[0], token_slots: slots[1], step_us, fixed_us }
+}
+
 /// Types of the activations that they take, as kernels are named.
 pub const TYPES: [&str; 2] = ["f16", "bf16"];
 /// The same for the block scales.

@@ -8,7 +8,7 @@ use cudarc::driver::{result, sys};
 use super::device::device;
 use super::driver::{check, words};
 use super::image;
-use crate::matmul4_instances::{SCALES, SKINNY, WIDE};
+use crate::matmul4_instances::{MID, SCALES, SKINNY, WIDE};
 use crate::{Dtype, Error, Result};
 
 /// A kernel.
@@ -35,6 +35,15 @@ pub enum Kernel {
         /// Whether the scales are.
         nested: bool,
     },
+    /// matmul4_mid.cu
+    Mid4 {
+        /// Which of [`MID`].
+        instance: usize,
+        /// Type of the activations, of 16 bits.
+        dtype: Dtype,
+        /// Whether the scales are.
+        nested: bool,
+    },
     /// matmul4_wgmma.cu
     Wide4 {
         /// Which of [`WIDE`].
@@ -48,7 +57,7 @@ pub enum Kernel {
 
 impl Kernel {
     /// How many there are.
-    pub const COUNT: usize = Self::SKINNY4 + 6 * (SKINNY.len() + WIDE.len());
+    pub const COUNT: usize = Self::SKINNY4 + 6 * (SKINNY.len() + WIDE.len() + MID.len());
     const SKINNY4: usize = 5 * Dtype::ALL.len() + 1;
 
     /// Its place in a device's table.
@@ -64,6 +73,10 @@ impl Kernel {
             Self::Skinny4 { instance, dtype, nested } => {
                 Self::SKINNY4 + (instance * types + dtype as usize) * 2 + usize::from(nested)
             }
+            Self::Mid4 { instance, dtype, nested } => {
+                let before = SKINNY.len() + WIDE.len();
+                Self::SKINNY4 + ((before + instance) * types + dtype as usize) * 2 + usize::from(nested)
+            }
             Self::Wide4 { instance, dtype, nested } => {
                 Self::SKINNY4 + ((SKINNY.len() + instance) * types + dtype as usize) * 2 + usize::from(nested)
             }
@@ -76,6 +89,7 @@ impl Kernel {
             Self::Dequantize4(_) | Self::Dequantize4Nested(_) | Self::Dequantize8(_) => "dequantize",
             Self::QuantizeAbsmax => "double_quant",
             Self::Skinny4 { .. } => "matmul4_skinny",
+            Self::Mid4 { .. } => "matmul4_mid",
             Self::Wide4 { .. } => "matmul4_wgmma",
         }
     }
@@ -92,6 +106,9 @@ impl Kernel {
             Self::Skinny4 { instance, dtype, nested } => {
                 format!("matmul4_skinny_{}_{}_{}", SKINNY[instance].name, dtype.suffix(), SCALES[usize::from(nested)])
             }
+            Self::Mid4 { instance, dtype, nested } => {
+                format!("matmul4_mid_{}_{}_{}", MID[instance].name(), dtype.suffix(), SCALES[usize::from(nested)])
+            }
             Self::Wide4 { instance, dtype, nested } => {
                 format!("matmul4_wide_{}_{}_{}", WIDE[instance].columns, dtype.suffix(), SCALES[usize::from(nested)])
             }
@@ -105,6 +122,7 @@ impl Kernel {
             Self::Dequantize4(_) | Self::Dequantize4Nested(_) | Self::Dequantize8(_) => 256,
             Self::QuantizeAbsmax => 1024,
             Self::Skinny4 { instance, .. } => 32 * SKINNY[instance].warps,
+            Self::Mid4 { instance, .. } => 128 * (MID[instance].groups * MID[instance].halves + 1),
             Self::Wide4 { .. } => 384,
         }
     }
@@ -113,7 +131,7 @@ impl Kernel {
     fn shared_bytes(self) -> u32 {
         match self {
             Self::Skinny4 { instance, .. } => 228 * 1024 / SKINNY[instance].resident - 1024,
-            Self::Wide4 { .. } => 227 * 1024,
+            Self::Mid4 { .. } | Self::Wide4 { .. } => 227 * 1024,
             _ => 0,
         }
     }

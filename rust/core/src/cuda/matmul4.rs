@@ -1,4 +1,4 @@
-//! Launches of matmul4_skinny.cu and matmul4_wgmma.cu.
+//! Launches of matmul4_skinny.cu, matmul4_mid.cu and matmul4_wgmma.cu.
 
 use super::device::{Device, device};
 use super::launch::{Grid, Kernel, Launch};
@@ -6,7 +6,7 @@ use super::matmul4_choice::{self as choice, Path};
 use super::tensor_map::{Element, Matrix, TensorMap};
 use crate::blockwise::Absmax;
 use crate::matmul4::{Rows, Weight};
-use crate::matmul4_instances::{SKINNY, STAGE, Skinny, Tokens, WIDE};
+use crate::matmul4_instances::{MID, SKINNY, STAGE, Skinny, Tokens, WIDE};
 use crate::{Dtype, Result};
 
 /// kernels/matmul4.cuh
@@ -49,7 +49,7 @@ struct SkinnyProblem {
     early: i32,
 }
 
-/// kernels/matmul4_wgmma.cu
+/// kernels/matmul4_mid.cu and kernels/matmul4_wgmma.cu
 #[repr(C)]
 struct WideProblem {
     codes: TensorMap,
@@ -128,6 +128,7 @@ pub unsafe fn matmul_4bit(weight: Weight, rows: Rows, ordinal: usize, stream: u6
     unsafe {
         match path {
             Path::Skinny(instance) => skinny(&weight, &rows, instance, ordinal, stream)?,
+            Path::Mid(instance) => mid(&weight, &rows, instance, device.multiprocessors, ordinal, stream)?,
             Path::Wide(instance) => wide(&weight, &rows, instance, device.multiprocessors, ordinal, stream)?,
             Path::Panels => return Ok(false),
         }
@@ -175,6 +176,46 @@ unsafe fn skinny(weight: &Weight, rows: &Rows, instance: usize, device: usize, s
     unsafe { launch.run(&mut [std::ptr::from_ref(&problem).cast_mut().cast()]) }
 }
 
+/// The problem of a kernel whose boxes have so many rows and tokens.
+fn problem(weight: &Weight, rows: &Rows, box_rows: u32, box_tokens: u32) -> Result<WideProblem> {
+    let [codes, scales] = weight_matrices(weight, box_rows);
+    Ok(WideProblem {
+        codes: codes.map()?,
+        scales: scales.map()?,
+        tokens: token_matrix(weight, rows, box_tokens).map()?,
+        nested: NestedSource::new(weight.absmax),
+        bias: rows.bias,
+        y: rows.out,
+        m: rows.m as i32,
+        n: weight.n as i32,
+        k: weight.k as i32,
+        log2_blocksize: weight.blocksize.trailing_zeros() as i32,
+        quant_type: weight.quant_type as i32,
+    })
+}
+
+unsafe fn mid(
+    weight: &Weight,
+    rows: &Rows,
+    instance: usize,
+    multiprocessors: u32,
+    device: usize,
+    stream: u64,
+) -> Result<()> {
+    let shape = MID[instance];
+    let problem = problem(weight, rows, 64 * shape.groups, shape.columns)?;
+    let clusters = choice::mid_tiles(instance, rows.m, weight.n).min((multiprocessors / shape.split) as usize);
+    let launch = Launch {
+        device,
+        stream,
+        kernel: Kernel::Mid4 { instance, dtype: rows.dtype, nested: is_nested(weight) },
+        grid: Grid::Overlapping((clusters * shape.split as usize) as u64),
+        describe: &|| describe(weight, rows),
+    };
+    // SAFETY: the parameter of matmul4_mid.cu's kernels; memory by the caller's promise.
+    unsafe { launch.run(&mut [std::ptr::from_ref(&problem).cast_mut().cast()]) }
+}
+
 unsafe fn wide(
     weight: &Weight,
     rows: &Rows,
@@ -184,27 +225,13 @@ unsafe fn wide(
     stream: u64,
 ) -> Result<()> {
     let columns = WIDE[instance].columns;
-    let [codes, scales] = weight_matrices(weight, WIDE_ROWS as u32);
-    let problem = WideProblem {
-        codes: codes.map()?,
-        scales: scales.map()?,
-        tokens: token_matrix(weight, rows, columns / 2).map()?,
-        nested: NestedSource::new(weight.absmax),
-        bias: rows.bias,
-        y: rows.out,
-        m: rows.m as i32,
-        n: weight.n as i32,
-        k: weight.k as i32,
-        log2_blocksize: weight.blocksize.trailing_zeros() as i32,
-        quant_type: weight.quant_type as i32,
-    };
+    let problem = problem(weight, rows, WIDE_ROWS as u32, columns / 2)?;
     let clusters = weight.n.div_ceil(2 * WIDE_ROWS) * rows.m.div_ceil(columns as usize);
-    let places = multiprocessors as usize / 2;
     let launch = Launch {
         device,
         stream,
         kernel: Kernel::Wide4 { instance, dtype: rows.dtype, nested: is_nested(weight) },
-        grid: Grid::Overlapping(2 * clusters.min(places) as u64),
+        grid: Grid::Overlapping(2 * clusters.min(multiprocessors as usize / 2) as u64),
         describe: &|| describe(weight, rows),
     };
     // SAFETY: the parameter of matmul4_wgmma.cu's kernels; memory by the caller's promise.

@@ -2,13 +2,15 @@
 
 use std::sync::OnceLock;
 
-use crate::matmul4_instances::{SKINNY, STAGE, Tokens, WIDE};
+use crate::matmul4_instances::{MID, SKINNY, STAGE, Tokens, WIDE};
 
 /// A way to multiply.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Path {
     /// An instance of matmul4_skinny.cu.
     Skinny(usize),
+    /// An instance of matmul4_mid.cu.
+    Mid(usize),
     /// An instance of matmul4_wgmma.cu.
     Wide(usize),
     /// The caller dequantizes panels and multiplies with torch's own product.
@@ -17,15 +19,36 @@ pub enum Path {
 
 /// The path for `m` tokens and a weight of `n` x `k` on Hopper.
 pub fn choose(m: usize, n: usize, k: usize, multiprocessors: usize) -> Path {
-    if let Some(path) = forced(m, k) {
+    if let Some(path) = forced(m, n, k, multiprocessors) {
         return path;
     }
-    if m <= 16 {
+    if m <= 8 {
         return Path::Skinny(skinny(m, n, k));
     }
-    let columns = |instance: usize| (Path::Wide(instance), wide_us(instance, m, n, k, multiprocessors));
-    let candidates = [columns(0), columns(1), columns(2), (Path::Panels, panels_us(m, n, k))];
-    candidates.into_iter().min_by(|a, b| a.1.total_cmp(&b.1)).map_or(Path::Panels, |(path, _)| path)
+    let sixteen = (m <= 16).then(|| (Path::Skinny(skinny(m, n, k)), 3.6 + 0.34e-6 * (n * k) as f64));
+    let mid = (0..MID.len()).filter_map(|i| Some((Path::Mid(i), mid_us(i, m, n, k, multiprocessors)?)));
+    let wide = (0..WIDE.len()).map(|i| (Path::Wide(i), wide_us(i, m, n, k, multiprocessors)));
+    let candidates = sixteen.into_iter().chain(mid).chain(wide).chain([(Path::Panels, panels_us(m, n, k))]);
+    candidates.min_by(|a, b| a.1.total_cmp(&b.1)).map_or(Path::Panels, |(path, _)| path)
+}
+
+/// Tiles of an instance of matmul4_mid.cu.
+pub fn mid_tiles(instance: usize, m: usize, n: usize) -> usize {
+    n.div_ceil(64 * MID[instance].groups as usize) * m.div_ceil(MID[instance].columns as usize)
+}
+
+/// Microseconds of matmul4_mid.cu on an H200, or `None` where it does not take the problem: blocks that share a tile have only one.
+fn mid_us(instance: usize, m: usize, n: usize, k: usize, multiprocessors: usize) -> Option<f64> {
+    let shape = MID[instance];
+    let (tiles, split) = (mid_tiles(instance, m, n), shape.split as usize);
+    let places = multiprocessors / split;
+    if split > 1 && tiles > places {
+        return None;
+    }
+    let steps = (k.div_ceil(STAGE).div_ceil(split) * STAGE / 64) as f64;
+    // With every multiprocessor at work, memory slows each by a tenth.
+    let crowd = if tiles * split * 2 > multiprocessors { 1.1 } else { 1.0 };
+    Some(shape.fixed_us + tiles.div_ceil(places) as f64 * steps * shape.step_us * crowd)
 }
 
 /// Instances of matmul4_skinny.cu, measured on an H200 (times the floor, of the best two):
@@ -69,8 +92,8 @@ fn panels_us(m: usize, n: usize, k: usize) -> f64 {
 }
 
 /// The path that the environment variable `FEWBITS_MATMUL4` names, read once: an instance of the kernel for few tokens by its name,
-/// `wide64`, `wide128`, `wide256`, or `panels`. It is passed over where its kernel does not take the problem.
-fn forced(m: usize, k: usize) -> Option<Path> {
+/// `mid16x256_1` (tokens and rows of a tile, blocks along k) and the others, `wide64`, `wide128`, `wide256`, or `panels`. It is passed over where its kernel does not take the problem.
+fn forced(m: usize, n: usize, k: usize, multiprocessors: usize) -> Option<Path> {
     static NAME: OnceLock<Option<String>> = OnceLock::new();
     let name = NAME.get_or_init(|| std::env::var("FEWBITS_MATMUL4").ok()).as_deref()?;
     if name == "panels" {
@@ -78,6 +101,9 @@ fn forced(m: usize, k: usize) -> Option<Path> {
     }
     if let Some(instance) = WIDE.iter().position(|wide| name == format!("wide{}", wide.columns)) {
         return Some(Path::Wide(instance));
+    }
+    if let Some(instance) = MID.iter().position(|mid| name == format!("mid{}", mid.name())) {
+        return mid_us(instance, m, n, k, multiprocessors).map(|_| Path::Mid(instance));
     }
     let instance = by_name(name)?;
     let shape = SKINNY[instance];
