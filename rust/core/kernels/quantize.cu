@@ -233,6 +233,10 @@ __device__ __forceinline__ void quantize(const typename E::storage* x, const flo
     const bool fast = encode.has_table() && is_aligned(x, 16) && is_aligned(codes, 8);
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     const i64 tiles = (n + TILE - 1) / TILE;
+    // A lane stores the maximum of one of its vectors, so that a warp's leave together.
+    const int own_vector = lane & (lanes - 1);
+    const bool owner =
+        own_vector < VECTORS && (own_vector & (per_block - 1)) == 0 && (warp & (block_warps - 1)) == 0;
     int parity = 0;
     for (i64 base = (i64)blockIdx.x * WARPS; base < tiles; base += (i64)gridDim.x * WARPS, parity ^= 1) {
         const i64 tile = base + warp;
@@ -261,8 +265,9 @@ __device__ __forceinline__ void quantize(const typename E::storage* x, const flo
             m[0] = max_over_lanes(warp_max[parity][first + (lane & (block_warps - 1))], block_warps);
             m[1] = m[2] = m[3] = m[0];
         }
-        const bool plain = is_plain(m[0]) && is_plain(m[1]) && is_plain(m[2]) && is_plain(m[3]);
-        if (!__all_sync(FULL_WARP, whole && plain)) {
+        const unsigned largest = max(max(m[0], m[1]), max(m[2], m[3]));
+        const unsigned smallest = min(min(m[0] - 1, m[1] - 1), min(m[2] - 1, m[3] - 1)) + 1;  // but for zeros
+        if (!__all_sync(FULL_WARP, whole && is_plain(smallest) && is_plain(largest))) {
             // One warp does a block that is spread over several.
             if ((warp & (block_warps - 1)) == 0 && tile < tiles) {
                 const int last = max(VECTORS, per_block);
@@ -272,15 +277,12 @@ __device__ __forceinline__ void quantize(const typename E::storage* x, const flo
             }
             continue;
         }
-        if ((lane & (lanes - 1)) == 0 && (warp & (block_warps - 1)) == 0) {
-            float* to = absmax + (index * N >> log2_blocksize);
-#pragma unroll
-            for (int k = 0; k < VECTORS; k++)
-                if ((k & (per_block - 1)) == 0) to[k * SPAN >> log2_blocksize] = __uint_as_float(m[k]);
+        if (owner) {
+            const unsigned own = own_vector & 2 ? (own_vector & 1 ? m[3] : m[2]) : (own_vector & 1 ? m[1] : m[0]);
+            absmax[(tile * TILE + own_vector * SPAN + lane * N) >> log2_blocksize] = __uint_as_float(own);
         }
         // For small enough maxima the reciprocal takes the scale in: one product an element instead of two.
-        const float largest = __uint_as_float(max(max(m[0], m[1]), max(m[2], m[3])));
-        const bool folded = __all_sync(FULL_WARP, largest < encode.fold_limit);
+        const bool folded = __all_sync(FULL_WARP, __uint_as_float(largest) < encode.fold_limit);
 #pragma unroll
         for (int k = 0; k < VECTORS; k++) {
             const float inverse = reciprocal(__uint_as_float(m[k]));
