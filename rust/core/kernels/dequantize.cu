@@ -19,6 +19,7 @@ struct PlainAbsmax {
     const float* absmax;
 
     __device__ __forceinline__ float operator()(i64 block) const { return absmax[block]; }
+    __device__ __forceinline__ void prefetch_block(i64 block) const { prefetch(absmax + block); }
 };
 
 struct NestedAbsmax {
@@ -30,6 +31,10 @@ struct NestedAbsmax {
 
     __device__ __forceinline__ float operator()(i64 block) const {
         return __fadd_rn(__fmul_rn(code[codes[block]], absmax[block >> log2_blocksize]), offset);
+    }
+    __device__ __forceinline__ void prefetch_block(i64 block) const {
+        prefetch(codes + block);
+        prefetch(absmax + (block >> log2_blocksize));
     }
 };
 
@@ -123,12 +128,15 @@ __device__ __forceinline__ void dequantize(const u8* codes, const Decode& decode
     }
 }
 
-// Asks for this thread's first codes while the tables are being loaded. A small tensor is bound by such latencies; a large one
-// would only pay for the instruction.
-__device__ __forceinline__ void prefetch_codes(const u8* codes, i64 n, int per_byte, int rows) {
-    if (rows > 1) return;
-    const i64 first = ((i64)blockIdx.x * THREADS + threadIdx.x) * 8 / per_byte;
-    if (first * per_byte < n) prefetch(codes + first);
+// Asks for this thread's first codes and their scale while the tables are being loaded. A small tensor is bound by such latencies;
+// a large one would only pay for the instructions.
+template <class E, class Absmax>
+__device__ __forceinline__ void prefetch_first(const u8* codes, const Absmax& absmax, i64 n, int codes_a_byte,
+                                               int log2_blocksize, int rows) {
+    const i64 first = ((i64)blockIdx.x * THREADS + threadIdx.x) * E::PER_VECTOR;
+    if (rows > 1 || first >= n) return;
+    prefetch(codes + first / codes_a_byte);
+    absmax.prefetch_block(first >> log2_blocksize);
 }
 
 __device__ __forceinline__ Decode4 load_values_4bit(float (&shared)[16], int quant_type) {
@@ -136,36 +144,44 @@ __device__ __forceinline__ Decode4 load_values_4bit(float (&shared)[16], int qua
     return Decode4{shared};
 }
 
+// A thread's value, COPIES times: in 16-byte stores, as the threads' words lie in four banks.
+__device__ __forceinline__ void copy_value(float (&values)[256 * COPIES], float value) {
+#pragma unroll
+    for (int copy = 0; copy < COPIES; copy += 4)
+        *reinterpret_cast<float4*>(values + threadIdx.x * COPIES + copy) = make_float4(value, value, value, value);
+}
+
 #define DEQUANTIZE(DTYPE, E)                                                                                             \
     extern "C" __global__ void __launch_bounds__(THREADS) dequantize_4bit_##DTYPE(                                       \
         const u8* codes, const float* absmax, E::storage* out, i64 n, int log2_blocksize, int quant_type, int rows) {    \
         __shared__ float values[16];                                                                                     \
-        prefetch_codes(codes, n, 2, rows);                                                                               \
+        const PlainAbsmax scale{absmax};                                                                                 \
+        prefetch_first<E>(codes, scale, n, 2, log2_blocksize, rows);                                                     \
         const Decode4 decode = load_values_4bit(values, quant_type);                                                     \
         __syncthreads();                                                                                                 \
-        dequantize<E>(codes, decode, PlainAbsmax{absmax}, out, n, log2_blocksize, rows);                                 \
+        dequantize<E>(codes, decode, scale, out, n, log2_blocksize, rows);                                               \
     }                                                                                                                    \
     extern "C" __global__ void __launch_bounds__(THREADS) dequantize_4bit_nested_##DTYPE(                                \
         const u8* codes, const u8* absmax_codes, const float* nested_code, const float* nested_absmax,                   \
         int log2_nested_blocksize, const float* offset, E::storage* out, i64 n, int log2_blocksize, int quant_type,      \
         int rows) {                                                                                                      \
         __shared__ float values[16], nested[256];                                                                        \
-        prefetch_codes(codes, n, 2, rows);                                                                               \
+        const NestedAbsmax scale{absmax_codes, nested, nested_absmax, log2_nested_blocksize, *offset};                   \
+        prefetch_first<E>(codes, scale, n, 2, log2_blocksize, rows);                                                     \
         const Decode4 decode = load_values_4bit(values, quant_type);                                                     \
         nested[threadIdx.x] = nested_code ? nested_code[threadIdx.x] : DYNAMIC_VALUES[threadIdx.x];                      \
         __syncthreads();                                                                                                 \
-        const NestedAbsmax absmax{absmax_codes, nested, nested_absmax, log2_nested_blocksize, *offset};                  \
-        dequantize<E>(codes, decode, absmax, out, n, log2_blocksize, rows);                                              \
+        dequantize<E>(codes, decode, scale, out, n, log2_blocksize, rows);                                               \
     }                                                                                                                    \
     extern "C" __global__ void __launch_bounds__(THREADS) dequantize_8bit_##DTYPE(                                       \
         const u8* codes, const float* code, const float* absmax, E::storage* out, i64 n, int log2_blocksize, int rows) { \
-        prefetch_codes(codes, n, 1, rows);                                                                               \
-        __shared__ float values[256 * COPIES];                                                                           \
-        const float value = code ? code[threadIdx.x] : DYNAMIC_VALUES[threadIdx.x];                                      \
-        for (int copy = 0; copy < COPIES; copy++) values[threadIdx.x * COPIES + copy] = value;                           \
+        __shared__ __align__(16) float values[256 * COPIES];                                                             \
+        const PlainAbsmax scale{absmax};                                                                                 \
+        prefetch_first<E>(codes, scale, n, 1, log2_blocksize, rows);                                                     \
+        copy_value(values, code ? code[threadIdx.x] : DYNAMIC_VALUES[threadIdx.x]);                                      \
         __syncthreads();                                                                                                 \
         const Decode8 decode{values + threadIdx.x % COPIES};                                                             \
-        dequantize<E>(codes, decode, PlainAbsmax{absmax}, out, n, log2_blocksize, rows);                                 \
+        dequantize<E>(codes, decode, scale, out, n, log2_blocksize, rows);                                               \
     }
 
 DEQUANTIZE(f32, F32)
