@@ -10,6 +10,7 @@ the flattened tensor.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -198,35 +199,12 @@ class Nested:
     offset: np.float32
 
 
-def tree_sum(values: np.ndarray) -> float:
-    """Sum in float64, in the one order that every device follows.
-
-    1024 values, four blocks of 256, make a group; short ones are filled up with 0.0. Lane l of 32 adds values 8 l to
-    8 l + 7 of each block in turn; the lanes then meet in a butterfly. Group sums are summed by the same rule until one
-    is left.
-    """
-    sums = np.asarray(values, dtype=np.float64)
-    if sums.size == 0:
-        return 0.0
-    while True:
-        groups = -(-sums.size // 1024)
-        padded = np.zeros(groups * 1024)
-        padded[: sums.size] = sums
-        blocks = padded.reshape(groups, 4, 32, 8)
-        lanes = np.zeros((groups, 32))
-        for block in range(4):
-            for i in range(8):
-                lanes = lanes + blocks[:, block, :, i]
-        for distance in (16, 8, 4, 2, 1):
-            lanes = lanes + lanes[:, np.arange(32) ^ distance]
-        sums = lanes[:, 0]
-        if groups == 1:
-            return float(sums[0])
-
-
 def quantize_absmax(absmax: F32) -> Nested:
-    """Quantize block maxima to 8 bits, around their mean."""
-    offset = np.float32(tree_sum(absmax) / max(absmax.size, 1))
+    """Quantize block maxima to 8 bits, around their mean.
+
+    The sum is exact and then rounded to float64, so that it has one value whatever order a device adds in.
+    """
+    offset = np.float32(math.fsum(absmax.tolist()) / max(absmax.size, 1))
     codes, nested_absmax = quantize_blockwise(absmax - offset, dynamic_map(), NESTED_BLOCKSIZE)
     return Nested(codes, nested_absmax, offset)
 

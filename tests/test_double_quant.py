@@ -39,13 +39,37 @@ def test_is_the_oracle(data: st.DataObject, blocksize: int, quant_type: str, dev
     check(data.draw(flat_tensors(blocksize)), blocksize, quant_type, device)
 
 
-@pytest.mark.parametrize("blocks", [1, 2, 255, 256, 257, 1023, 1024, 1025, 2047, 2048, 2049, 2**20 + 1])
-def test_every_level_of_the_sum(blocks: int, device: torch.device) -> None:
-    """One, two and three levels of the tree, each with a short and a full last group."""
+@pytest.mark.parametrize("blocks", [1, 2, 255, 256, 257, 4095, 4096, 4097, 2**20 + 1])
+def test_any_number_of_blocks(blocks: int, device: torch.device) -> None:
+    """One and many launch blocks on a GPU, each with a short and a full last nested block."""
     rng = np.random.default_rng(blocks)
     scale = np.repeat(rng.lognormal(size=blocks).astype(np.float32), 32)
     x = rng.standard_normal(blocks * 32, dtype=np.float32) * scale
     check(torch.from_numpy(x[:-5]), 32, "nf4", device)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+@pytest.mark.parametrize("blocksize", [32, 64, 512, 4096])
+@pytest.mark.parametrize("order", ["any", "ascending", "descending"])
+def test_sum_of_every_magnitude(dtype: torch.dtype, blocksize: int, order: str, device: torch.device) -> None:
+    """Block maxima from subnormal to the largest, whose sum is still rounded only once."""
+    rng = np.random.default_rng(blocksize)
+    count = max(100, 2**18 // blocksize)
+    largest = np.ldexp(rng.uniform(1, 2, count), rng.integers(-149, 127, count)).astype(np.float32)
+    scale = {"any": largest, "ascending": np.sort(largest), "descending": -np.sort(-largest)}[order]
+    scale[rng.random(count) < 0.1] = 0
+    x = rng.uniform(-1, 1, (count, blocksize)).astype(np.float32) * scale[:, None]
+    x[:, 0] = scale
+    check(torch.from_numpy(x.reshape(-1)[:-1]).to(dtype), blocksize, "nf4", device)
+
+
+@pytest.mark.parametrize("bits", [[0x5A000000, 0x3F800000], [0x5A000000, 0x3F800000, 1], [0x5A000000, 0x40400000]])
+def test_sum_on_a_tie(bits: list[int], device: torch.device) -> None:
+    """2**53 + 1, with and without a little more, and 2**53 + 3: what float64 must round."""
+    largest = np.array(bits, dtype=np.uint32).view(np.float32)
+    x = np.zeros((len(bits), 64), dtype=np.float32)
+    x[:, 5] = largest
+    check(torch.from_numpy(x.reshape(-1)), 64, "fp4", device)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)

@@ -1,178 +1,95 @@
 // The second launch of double quantization: the block maxima themselves become 8-bit codes.
 //
-//   offset        = float32(sum(absmax) / count), the sum in float64
+//   offset        = float32(sum(absmax) / count), the sum exact, then rounded to float64
 //   absmax_codes  = 8-bit blockwise codes of absmax - offset, blocks of 256, signed dynamic map
 //
 //   absmax        count float32, written by the launch before
-//   partials      ceil(count / 1024) float64 of workspace
-//   counter       0 when this kernel starts (the launch before clears it)
+//   sums          its blocks' sums of them (exact_sum.cuh)
 //   nested_absmax ceil(count / 256) float32
 //
-// The sum has one shape on every device (core/src/double_quant.rs): groups of 1024, that is four nested blocks; lane l adds
-// elements 8 l ... 8 l + 7 of each of them in turn, the lanes meet in a butterfly; the group sums are summed the same way until
-// one is left.
-//
-// Work: a warp sums groups, then encodes their nested blocks; the group it summed last it still has in registers. Everybody must
-// know the mean before anybody encodes, so the grid meets once at `counter`; it is launched cooperatively, with at most as many
-// blocks as the device holds at once.
+// Work: every block adds those few sums up for itself, so that no block waits for another. A warp then takes nested blocks, the
+// next one's loads ahead of it. The launch is bound by its latencies, not by bytes or instructions: the table is loaded while the
+// launch before ends, the first maxima while the sums are added up.
+#include "exact_sum.cuh"
 #include "nearest.cuh"
 
-constexpr int THREADS = 1024;
+constexpr int THREADS = 512;
 constexpr int WARPS = THREADS / WARP;
 constexpr int NESTED = 256;
-constexpr int BLOCKS = 4;  // nested blocks of a group
-constexpr int GROUP = BLOCKS * NESTED;
 constexpr int RUN = NESTED / WARP;  // elements a lane of a nested block
-constexpr int MAX_SUMS = 1024;      // of the second level: 2^30 maxima, checked by the caller
 
-// The lanes' sums added up in a butterfly, in every lane.
-__device__ __forceinline__ double warp_sum(double sum) {
-#pragma unroll
-    for (int distance = WARP / 2; distance > 0; distance /= 2)
-        sum = __dadd_rn(sum, __shfl_xor_sync(FULL_WARP, sum, distance));
-    return sum;
+// Largest maximum up to which its reciprocal takes the scale in exactly.
+constexpr float FOLD_LIMIT = DYNAMIC_SCALE * 0x1p126f;
+
+// A lane's share of a whole nested block.
+__device__ __forceinline__ void load_run(const float* absmax, i64 block, float (&v)[RUN]) {
+    const float4* from = reinterpret_cast<const float4*>(absmax + block * NESTED) + threadIdx.x % WARP * 2;
+    const float4 low = from[0], high = from[1];
+    v[0] = low.x, v[1] = low.y, v[2] = low.z, v[3] = low.w;
+    v[4] = high.x, v[5] = high.y, v[6] = high.z, v[7] = high.w;
 }
 
-// A lane's share of a nested block of `values`, 0 past the end.
-template <class T>
-__device__ __forceinline__ void load_run(const T* values, i64 block, i64 count, bool aligned, T (&v)[RUN]) {
-    const i64 first = block * NESTED + threadIdx.x % WARP * RUN;
-    if (aligned && first + RUN <= count) {
-#pragma unroll
-        for (int i = 0; i < RUN; i += 16 / sizeof(T))
-            *reinterpret_cast<uint4*>(v + i) = *reinterpret_cast<const uint4*>(values + first + i);
-        return;
-    }
-#pragma unroll
-    for (int i = 0; i < RUN; i++) v[i] = first + i < count ? values[first + i] : T(0);
-}
-
-template <class T>
-__device__ __forceinline__ double add_run(double sum, const T (&v)[RUN]) {
-#pragma unroll
-    for (int i = 0; i < RUN; i++) sum = __dadd_rn(sum, (double)v[i]);
-    return sum;
-}
-
-// Out of line: the division is long and next to never needed.
-__device__ __noinline__ float rare_quotient(Divisor divisor, float x) { return divisor.quotient(x); }
-
-// Codes of a nested block.
-__device__ __forceinline__ void encode_block(const Nearest& table, const float (&v)[RUN], i64 block, i64 count, float mean,
-                                             u8* absmax_codes, float* nested_absmax, bool aligned) {
-    const i64 first = block * NESTED + threadIdx.x % WARP * RUN;
-    const int length = (int)max((i64)0, min((i64)RUN, count - first));
-    float r[RUN];
+// A nested block of any length at any address, and of any values, one of them a lane at a time.
+__device__ __noinline__ void encode_carefully(const Nearest& table, const float* absmax, i64 block, i64 count, float mean,
+                                              u8* absmax_codes, float* nested_absmax) {
+    const i64 start = block * NESTED + threadIdx.x % WARP, end = min(count, (block + 1) * NESTED);
     unsigned m = 0;
-#pragma unroll
-    for (int i = 0; i < RUN; i++) {
-        r[i] = i < length ? __fsub_rn(v[i], mean) : 0.0f;
-        m = max(m, magnitude(r[i]));
-    }
-    m = max_over_lanes(m, WARP);
-    if (threadIdx.x % WARP == 0 && block * NESTED < count) nested_absmax[block] = __uint_as_float(m);
-    if (is_plain(m)) {
-        const float inverse = reciprocal(__uint_as_float(m));
-#pragma unroll
-        for (int i = 0; i < RUN; i++) r[i] = __fmul_rn(__fmul_rn(r[i], inverse), table.scale);
-    } else {
-        const Divisor divisor(__uint_as_float(m));
-#pragma unroll
-        for (int i = 0; i < RUN; i++) r[i] = __fmul_rn(rare_quotient(divisor, r[i]), table.scale);
-    }
-    const uint2 codes = make_uint2(nearest_four(table, r[0], r[1], r[2], r[3]), nearest_four(table, r[4], r[5], r[6], r[7]));
-    if (aligned && length == RUN) {
-        *reinterpret_cast<uint2*>(absmax_codes + first) = codes;
-        return;
-    }
-#pragma unroll
-    for (int i = 0; i < RUN; i++)
-        if (i < length) absmax_codes[first + i] = (u8)((i < 4 ? codes.x : codes.y) >> (8 * (i % 4)));
-}
-
-// Waits until every block of the grid has come here.
-__device__ __forceinline__ void meet(unsigned* counter) {
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        __threadfence();
-        atomicAdd(counter, 1);
-        while (*reinterpret_cast<volatile unsigned*>(counter) < gridDim.x) {
-        }
-        __threadfence();
-    }
-    __syncthreads();
-}
-
-// Sum of a group of partials, in every lane. They start on 16 bytes.
-__device__ __forceinline__ double group_sum(const double* level, i64 group, i64 length) {
-    double sum = 0.0;
 #pragma unroll 1
-    for (int b = 0; b < BLOCKS; b++) {
-        double v[RUN];
-        load_run(level, group * BLOCKS + b, length, true, v);
-        sum = add_run(sum, v);
-    }
-    return warp_sum(sum);
-}
-
-// The sum of the partials. Every block adds them up for itself: the same additions, so the same sum.
-__device__ __forceinline__ double total(const double* level, i64 length, double* sums) {
-    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-    if (length == 1) return level[0];
-    const i64 groups = (length + GROUP - 1) / GROUP;
+    for (i64 i = start; i < end; i += WARP) m = max(m, magnitude(__fsub_rn(absmax[i], mean)));
+    m = warp_max(m);
+    if (threadIdx.x % WARP == 0) nested_absmax[block] = __uint_as_float(m);
+    const Divisor divisor(__uint_as_float(m));
 #pragma unroll 1
-    for (i64 group = warp; group < groups; group += WARPS) {
-        const double sum = group_sum(level, group, length);
-        if (lane == 0) sums[group] = sum;
+    for (i64 i = start; i < end; i += WARP) {
+        const float t = divisor.quotient(__fsub_rn(absmax[i], mean));
+        absmax_codes[i] = (u8)(nearest_8bit(table, __fmul_rn(t, table.scale)) >> 24);
     }
-    __syncthreads();
-    if (groups > RUN) return group_sum(sums, 0, groups);
-    // These all lie in the first lane's run: what the others would add is 0.
-    double sum = 0.0;
-    for (int i = 0; i < groups; i++) sum = __dadd_rn(sum, sums[i]);
-    return sum;
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS)
-    quantize_absmax(const float* absmax, i64 count, double* partials, unsigned* counter, float* offset, u8* absmax_codes,
+extern "C" __global__ void __launch_bounds__(THREADS, 2)
+    quantize_absmax(const float* absmax, i64 count, const unsigned* sums, float* offset, u8* absmax_codes,
                     float* nested_absmax) {
     __shared__ __align__(16) unsigned entries[DYNAMIC_PADDED];
-    __shared__ __align__(16) double sums[MAX_SUMS];
+    __shared__ float shared_mean;
     load_table(entries, DYNAMIC_ENTRIES, DYNAMIC_LENGTH);
     wait_for_previous_kernel();
 
-    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-    const i64 groups = (count + GROUP - 1) / GROUP;
-    // Neighbouring groups go to different multiprocessors, so that few groups also keep all of them busy.
-    const i64 first = (i64)warp * gridDim.x + blockIdx.x, stride = (i64)gridDim.x * WARPS;
-    const bool aligned = is_aligned(absmax, 16) && is_aligned(absmax_codes, 8);
-    float own[BLOCKS][RUN];
-    // From the last to the first, which then is in registers.
-#pragma unroll 1
-    for (i64 group = first < groups ? first + (groups - 1 - first) / stride * stride : -1; group >= first; group -= stride) {
-        double sum = 0.0;
-#pragma unroll
-        for (int b = 0; b < BLOCKS; b++) load_run(absmax, group * BLOCKS + b, count, aligned, own[b]);
-#pragma unroll
-        for (int b = 0; b < BLOCKS; b++) sum = add_run(sum, own[b]);
-        sum = warp_sum(sum);
-        if (lane == 0) partials[group] = sum;
-    }
-    if (gridDim.x > 1)
-        meet(counter);
-    else
-        __syncthreads();
-    const float mean = (float)(total(partials, groups, sums) / (double)count);
+    const int lane = threadIdx.x % WARP;
+    const i64 blocks = (count + NESTED - 1) / NESTED, stride = (i64)gridDim.x * WARPS;
+    const i64 whole = is_aligned(absmax, 16) && is_aligned(absmax_codes, 8) ? count / NESTED : 0;
+    // Neighbouring nested blocks go to different multiprocessors, so that few of them also keep all busy.
+    i64 block = (i64)(threadIdx.x / WARP) * gridDim.x + blockIdx.x;
+    float next[RUN] = {};
+    if (block < whole) load_run(absmax, block, next);
+    const double total = load_total(sums);
+    if (threadIdx.x == 0) shared_mean = (float)(total / (double)count);
+    __syncthreads();
+    const float mean = shared_mean;
     if (blockIdx.x == 0 && threadIdx.x == 0) *offset = mean;
 
     const Nearest table{entries + DYNAMIC_ORIGIN, DYNAMIC_SCALE};
 #pragma unroll 1
-    for (i64 group = first; group < groups; group += stride) {
+    for (; block < whole; block += stride) {
+        float r[RUN];
 #pragma unroll
-        for (int b = 0; b < BLOCKS; b++) {
-            const i64 block = group * BLOCKS + b;
-            if (group != first) load_run(absmax, block, count, aligned, own[b]);
-            encode_block(table, own[b], block, count, mean, absmax_codes, nested_absmax, aligned);
+        for (int i = 0; i < RUN; i++) r[i] = __fsub_rn(next[i], mean);
+        if (block + stride < whole) load_run(absmax, block + stride, next);
+        float largest = 0.0f;
+#pragma unroll
+        for (int i = 0; i < RUN; i++) largest = fmaxf(largest, fabsf(r[i]));
+        const unsigned m = warp_max(__float_as_uint(largest));
+        if (!is_plain(m) || __uint_as_float(m) >= FOLD_LIMIT) {
+            encode_carefully(table, absmax, block, count, mean, absmax_codes, nested_absmax);
+            continue;
         }
+        const float inverse = __fmul_rn(reciprocal(__uint_as_float(m)), table.scale);
+#pragma unroll
+        for (int i = 0; i < RUN; i++) r[i] = __fmul_rn(r[i], inverse);
+        if (lane == 0) nested_absmax[block] = __uint_as_float(m);
+        reinterpret_cast<uint2*>(absmax_codes + block * NESTED)[lane] =
+            make_uint2(nearest_four(table, r[0], r[1], r[2], r[3]), nearest_four(table, r[4], r[5], r[6], r[7]));
     }
+#pragma unroll 1
+    for (; block < blocks; block += stride)
+        encode_carefully(table, absmax, block, count, mean, absmax_codes, nested_absmax);
 }

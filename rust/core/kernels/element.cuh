@@ -156,3 +156,12 @@ __device__ __forceinline__ unsigned max_over_lanes(unsigned m, int lanes) {
     for (int distance = lanes / 2; distance > 0; distance /= 2) m = max(m, __shfl_xor_sync(FULL_WARP, m, distance));
     return m;
 }
+
+// The largest value of a warp, in every lane.
+__device__ __forceinline__ unsigned warp_max(unsigned m) {
+#if __CUDA_ARCH__ >= 800
+    return __reduce_max_sync(FULL_WARP, m);
+#else
+    return max_over_lanes(m, WARP);
+#endif
+}

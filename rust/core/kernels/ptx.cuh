@@ -43,6 +43,13 @@ __device__ __forceinline__ unsigned pack_bf16x2(float low, float high) {
     return r;
 }
 
+// x << shift, 0 for shifts above 31.
+__device__ __forceinline__ unsigned shift_left(unsigned x, unsigned shift) {
+    unsigned r;
+    asm("shl.b32 %0, %1, %2;" : "=r"(r) : "r"(x), "r"(shift));
+    return r;
+}
+
 // A 16-byte load of data that is read once: it takes no room in the L1 cache and is the first to leave the L2 cache.
 __device__ __forceinline__ uint4 load_once(const uint4* address) {
     uint4 v;

@@ -5,6 +5,7 @@
 //
 //   x       n elements of E                     codes   n bytes, or (n + 1) / 2 bytes of two codes, the first in the high nibble
 //   absmax  ceil(n / blocksize) float32         code    256 float32, or null for the signed dynamic map
+//   sums    the launch's sums of absmax (exact_sum.cuh), for double_quant.cu; or null
 //
 // Work: a tile is VECTORS 16-byte vectors a lane of a warp. Small blocks share a warp, `lanes` lanes each; larger ones take
 // several vectors of every lane, and the largest several warps, which meet in shared memory. The block size is an argument,
@@ -13,6 +14,7 @@
 // subnormal blocks, codes without a table) the careful one, which reads a block twice.
 // Bytes an element: sizeof(E) read, 1 or 1/2 written, 4 / blocksize of absmax. Searching a code would be bound by
 // instructions, hence the one-read table of nearest.cuh.
+#include "exact_sum.cuh"
 #include "nearest.cuh"
 
 constexpr int THREADS = 512;
@@ -25,6 +27,7 @@ constexpr int VECTORS = 4;
 // 2^(31 - SHIFT) words below the positive one. An ascending float with the sign set is a descending value: the negative half
 // holds complements, and NF4's nibbles of negative elements are complemented back eight at a time. FP4 is sign and magnitude.
 struct Encode4 {
+    static constexpr bool SUMS = true;  // double quantization asks for them
     static constexpr int GAP = 1 << (31 - SHIFT_4BIT);
     static constexpr int HALF = FP4_ORIGIN > NF4_ORIGIN ? FP4_ORIGIN : NF4_ORIGIN;  // buckets of one sign
     struct Shared {
@@ -95,6 +98,8 @@ struct Encode4 {
 // Eight bits an element, any code. The signed dynamic map goes through its bucket table, whether it is the default or was
 // passed; another code is sorted here and searched.
 struct Encode8 {
+    static constexpr bool SUMS = false;
+
     Nearest table;
     float scale, zero, fold_limit;
     bool dynamic;
@@ -214,14 +219,12 @@ __device__ __noinline__ void quantize_carefully(const typename E::storage* x, i6
 
 template <class E, class Encode>
 __device__ __forceinline__ void quantize(const typename E::storage* x, const float* code, u8* codes, float* absmax,
-                                         i64 n, int log2_blocksize, int quant_type, unsigned* counter) {
+                                         i64 n, int log2_blocksize, int quant_type, unsigned* sums) {
     constexpr int N = E::PER_VECTOR;
     constexpr int SPAN = WARP * N;  // elements of one vector a lane
     constexpr int TILE = VECTORS * SPAN;
     __shared__ typename Encode::Shared shared;
     __shared__ unsigned warp_max[2][WARPS];
-    // The second launch of double quantization counts its blocks here.
-    if (counter && blockIdx.x == 0 && threadIdx.x == 0) *counter = 0;
     const Encode encode(shared, code, quant_type);
     let_next_kernel_start();
 
@@ -298,14 +301,15 @@ __device__ __forceinline__ void quantize(const typename E::storage* x, const flo
             encode.template store<E>(f, v[k], codes, (index + k * WARP) * N);
         }
     }
+    if (Encode::SUMS && sums) store_block_sum<WARPS * TILE, THREADS>(absmax, n, log2_blocksize, sums);
 }
 
 // One line an instantiation.
 #define QUANTIZE(NAME, E, ENCODE)                                                                                        \
-    extern "C" __global__ void __launch_bounds__(THREADS)                                                                \
+    extern "C" __global__ void __launch_bounds__(THREADS, 2)                                                             \
         NAME(const E::storage* x, const float* code, u8* codes, float* absmax, i64 n, int log2_blocksize, int quant_type, \
-             unsigned* counter) {                                                                                        \
-        quantize<E, ENCODE>(x, code, codes, absmax, n, log2_blocksize, quant_type, counter);                             \
+             unsigned* sums) {                                                                                           \
+        quantize<E, ENCODE>(x, code, codes, absmax, n, log2_blocksize, quant_type, sums);                                \
     }
 
 QUANTIZE(quantize_4bit_f32, F32, Encode4)

@@ -15,6 +15,7 @@ pub mod cuda;
 pub mod double_quant;
 mod dtype;
 mod error;
+mod exact_sum;
 pub mod matmul4;
 #[allow(dead_code, reason = "build.rs reads the rest")]
 mod matmul4_instances;

@@ -15,7 +15,8 @@ use crate::blockwise::Blocks;
 #[cfg(target_arch = "x86_64")]
 use crate::codebook::LinearBuckets;
 use crate::codebook::{BucketTable, Ranks, dynamic_map};
-use crate::double_quant::{NESTED_BLOCKSIZE, Nested, maxima_offset, sum};
+use crate::double_quant::{MAXIMA_OFFSET, NESTED_BLOCKSIZE, Nested};
+use crate::exact_sum::exact_sum;
 use crate::{Dtype, QuantType, Result};
 
 /// NaN reads as 0, infinities as the largest finite values.
@@ -321,13 +322,13 @@ pub(crate) unsafe fn quantize_4bit_nested(
     threads: usize,
 ) -> Result<()> {
     let count = blocks.count();
-    let maxima = workspace + maxima_offset(count) as u64;
-    // SAFETY: the workspace has room for the counter, the partial sums and one float32 a block, in this order and aligned.
+    let maxima = workspace + MAXIMA_OFFSET as u64;
+    // SAFETY: the workspace has room for the sums and one float32 a block, in this order and aligned.
     let absmax = unsafe {
         quantize_4bit(blocks, x, quant_type, codes, maxima, threads)?;
         std::slice::from_raw_parts_mut(maxima as *mut f32, count)
     };
-    let offset = (sum(absmax) / count as f64) as f32;
+    let offset = (exact_sum(absmax) / count as f64) as f32;
     for value in absmax.iter_mut() {
         *value -= offset;
     }

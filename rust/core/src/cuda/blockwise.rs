@@ -4,7 +4,7 @@ use std::ffi::c_void;
 
 use super::launch::{Grid, Kernel, Launch};
 use crate::blockwise::{Absmax, Blocks};
-use crate::double_quant::{COUNTER_BYTES, GROUP, Nested, maxima_offset};
+use crate::double_quant::{MAX_SUMS, MAXIMA_OFFSET, NESTED_BLOCKSIZE, Nested};
 use crate::{QuantType, Result};
 
 /// Pointers to the values of a kernel's parameters.
@@ -12,10 +12,10 @@ macro_rules! arguments {
     ($($value:expr),* $(,)?) => { &mut [$(std::ptr::from_ref(&$value).cast_mut().cast::<c_void>()),*] };
 }
 
-/// Elements that a block of quantize.cu takes at a time: 16 warps, 4 vectors of 16 bytes a lane.
-fn quantize_grid(blocks: Blocks) -> Grid {
+/// Pieces that a block of quantize.cu takes at a time: 16 warps, 4 vectors of 16 bytes a lane.
+fn quantize_pieces(blocks: Blocks) -> u64 {
     let elements = 16 * 32 * 4 * (16 / blocks.dtype.size());
-    Grid::Resident(blocks.n.div_ceil(elements) as u64)
+    blocks.n.div_ceil(elements) as u64
 }
 
 /// Rows of 256 vectors that a block of dequantize.cu takes, and how many blocks that makes: four rows, or one while that leaves
@@ -42,25 +42,25 @@ pub unsafe fn quantize_8bit(
     stream: u64,
 ) -> Result<()> {
     let kernel = Kernel::Quantize8(blocks.dtype);
-    // SAFETY: the caller's promise; the 4-bit type is not looked at, there is no counter.
+    // SAFETY: the caller's promise; the 4-bit type is not looked at, there are no sums.
     unsafe { quantize(kernel, blocks, x, code, codes, absmax, QuantType::Nf4, 0, device, stream) }
 }
 
 /// # Safety
-/// As [`crate::blockwise::quantize_4bit`]; `counter` is 0 or the address of a u32 that the kernel clears.
+/// As [`crate::blockwise::quantize_4bit`]; `sums` is 0 or the address of [`MAXIMA_OFFSET`] bytes, aligned to 8.
 pub unsafe fn quantize_4bit(
     blocks: Blocks,
     x: u64,
     quant_type: QuantType,
     codes: u64,
     absmax: u64,
-    counter: u64,
+    sums: u64,
     device: usize,
     stream: u64,
 ) -> Result<()> {
     let kernel = Kernel::Quantize4(blocks.dtype);
     // SAFETY: the caller's promise.
-    unsafe { quantize(kernel, blocks, x, 0, codes, absmax, quant_type, counter, device, stream) }
+    unsafe { quantize(kernel, blocks, x, 0, codes, absmax, quant_type, sums, device, stream) }
 }
 
 unsafe fn quantize(
@@ -71,14 +71,16 @@ unsafe fn quantize(
     codes: u64,
     absmax: u64,
     quant_type: QuantType,
-    counter: u64,
+    sums: u64,
     device: usize,
     stream: u64,
 ) -> Result<()> {
     let (n, log2_blocksize, quant_type) = (blocks.n as i64, blocks.log2_blocksize(), quant_type as i32);
-    let launch = Launch { device, stream, kernel, grid: quantize_grid(blocks), describe: &|| describe(blocks) };
+    let pieces = quantize_pieces(blocks);
+    let grid = Grid::Resident(if sums == 0 { pieces } else { pieces.min(MAX_SUMS as u64) });
+    let launch = Launch { device, stream, kernel, grid, describe: &|| describe(blocks) };
     // SAFETY: the parameters of quantize.cu's kernels, in order; memory by the caller's promise.
-    unsafe { launch.run(arguments![x, code, codes, absmax, n, log2_blocksize, quant_type, counter]) }
+    unsafe { launch.run(arguments![x, code, codes, absmax, n, log2_blocksize, quant_type, sums]) }
 }
 
 /// # Safety
@@ -93,25 +95,23 @@ pub unsafe fn quantize_4bit_nested(
     device: usize,
     stream: u64,
 ) -> Result<()> {
-    let count = blocks.count();
-    let groups = count.div_ceil(GROUP);
-    let counter = workspace;
-    let partials = workspace + COUNTER_BYTES as u64;
-    let absmax = workspace + maxima_offset(count) as u64;
-    // SAFETY: the workspace has room for the counter, the partial sums and the maxima, in this order; the rest is the caller's promise.
-    unsafe { quantize_4bit(blocks, x, quant_type, codes, absmax, counter, device, stream)? };
+    let (sums, absmax) = (workspace, workspace + MAXIMA_OFFSET as u64);
+    // SAFETY: the workspace has room for the sums and the maxima, in this order; the rest is the caller's promise.
+    unsafe { quantize_4bit(blocks, x, quant_type, codes, absmax, sums, device, stream)? };
 
+    let count = blocks.count();
     let launch = Launch {
         device,
         stream,
         kernel: Kernel::QuantizeAbsmax,
-        grid: Grid::Cooperative(groups as u64),
+        // A nested block for each of 16 warps.
+        grid: Grid::Overlapping(count.div_ceil(16 * NESTED_BLOCKSIZE) as u64),
         describe: &|| describe(blocks),
     };
     let Nested { absmax_codes, nested_absmax, offset } = nested;
     let count = count as i64;
     // SAFETY: the parameters of quantize_absmax, in order; memory as above.
-    unsafe { launch.run(arguments![absmax, count, partials, counter, offset, absmax_codes, nested_absmax]) }
+    unsafe { launch.run(arguments![absmax, count, sums, offset, absmax_codes, nested_absmax]) }
 }
 
 /// # Safety

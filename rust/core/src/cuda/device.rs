@@ -7,7 +7,7 @@ use std::sync::OnceLock;
 use cudarc::driver::sys;
 use cudarc::driver::sys::CUdevice_attribute as Attribute;
 
-use super::driver::{check, driver};
+use super::driver::{check, driver, driver_version};
 use super::image;
 use super::launch::{Function, Kernel};
 use crate::{Error, Result};
@@ -107,7 +107,8 @@ fn open(ordinal: usize) -> Result<Device> {
     let multiprocessors = attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT, device)? as u32;
     Ok(Device {
         multiprocessors,
-        overlaps_launches: major >= 9,
+        // Graphs record such launches from CUDA 12.3 on.
+        overlaps_launches: major >= 9 && driver_version()? >= (12, 3),
         target,
         context,
         functions: [const { OnceLock::new() }; Kernel::COUNT],

@@ -118,9 +118,8 @@ impl Kernel {
     /// Threads of a block; the sources' `THREADS`.
     fn threads(self) -> u32 {
         match self {
-            Self::Quantize4(_) | Self::Quantize8(_) => 512,
+            Self::Quantize4(_) | Self::Quantize8(_) | Self::QuantizeAbsmax => 512,
             Self::Dequantize4(_) | Self::Dequantize4Nested(_) | Self::Dequantize8(_) => 256,
-            Self::QuantizeAbsmax => 1024,
             Self::Skinny4 { instance, .. } => 32 * SKINNY[instance].warps,
             Self::Mid4 { instance, .. } => 128 * (MID[instance].groups * MID[instance].halves + 1),
             Self::Wide4 { .. } => 384,
@@ -185,10 +184,8 @@ pub enum Grid {
     Pieces(u64),
     /// As many as the device holds at once, or as there is work for: each loops over its share.
     Resident(u64),
-    /// At most one a multiprocessor, all running together so that they can wait for each other. From compute capability 9.0 on
-    /// they may start before the previous kernel of the stream has ended: the kernel itself waits for it.
-    Cooperative(u64),
-    /// As `Resident`; they, too, may start before the previous kernel of the stream has ended.
+    /// As [`Grid::Resident`]; from compute capability 9.0 on they may start before the previous kernel of the stream has ended: the
+    /// kernel itself waits for it.
     Overlapping(u64),
 }
 
@@ -216,12 +213,10 @@ impl Launch<'_> {
         let device = device(self.device)?;
         let _entered = device.enter()?;
         let function = device.function(self.kernel)?;
-        let resident = |blocks_each: u32| u64::from(device.multiprocessors * blocks_each);
-        let (blocks, cooperative, overlapping) = match self.grid {
-            Grid::Pieces(pieces) => (pieces, false, false),
-            Grid::Resident(pieces) => (pieces.min(resident(function.resident)), false, false),
-            Grid::Cooperative(pieces) => (pieces.min(resident(1)), true, device.overlaps_launches),
-            Grid::Overlapping(pieces) => (pieces.min(resident(function.resident)), false, device.overlaps_launches),
+        let resident = u64::from(device.multiprocessors * function.resident);
+        let blocks = match self.grid {
+            Grid::Pieces(pieces) => pieces,
+            Grid::Resident(pieces) | Grid::Overlapping(pieces) => pieces.min(resident),
         };
         // The kernels loop over whatever a grid leaves over.
         let grid = (blocks.clamp(1, 0x7fff_ffff) as u32, 1, 1);
@@ -229,10 +224,8 @@ impl Launch<'_> {
         let stream = self.stream as sys::CUstream;
         // SAFETY: the function belongs to the entered context, and so does the stream; the rest is the caller's promise.
         let launched = unsafe {
-            if overlapping {
-                launch_overlapping(function, grid, block, stream, cooperative, arguments)
-            } else if cooperative {
-                result::launch_cooperative_kernel(function.handle, grid, block, 0, stream, arguments)
+            if matches!(self.grid, Grid::Overlapping(_)) && device.overlaps_launches {
+                launch_overlapping(function, grid, block, stream, arguments)
             } else {
                 result::launch_kernel(function.handle, grid, block, function.shared, stream, arguments)
             }
@@ -255,22 +248,12 @@ unsafe fn launch_overlapping(
     grid: (u32, u32, u32),
     block: (u32, u32, u32),
     stream: sys::CUstream,
-    cooperative: bool,
     arguments: &mut [*mut c_void],
 ) -> std::result::Result<(), result::DriverError> {
-    let attribute = |id, set: fn(&mut sys::CUlaunchAttributeValue)| {
-        // SAFETY: plain numbers, for which zero is a value.
-        let mut attribute: sys::CUlaunchAttribute = unsafe { std::mem::zeroed() };
-        attribute.id = id;
-        set(&mut attribute.value);
-        attribute
-    };
-    let mut attributes = [
-        attribute(sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION, |value| {
-            value.programmaticStreamSerializationAllowed = 1;
-        }),
-        attribute(sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_COOPERATIVE, |value| value.cooperative = 1),
-    ];
+    // SAFETY: plain numbers, for which zero is a value.
+    let mut attribute: sys::CUlaunchAttribute = unsafe { std::mem::zeroed() };
+    attribute.id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+    attribute.value.programmaticStreamSerializationAllowed = 1;
     let config = sys::CUlaunchConfig {
         gridDimX: grid.0,
         gridDimY: grid.1,
@@ -280,9 +263,9 @@ unsafe fn launch_overlapping(
         blockDimZ: block.2,
         sharedMemBytes: function.shared,
         hStream: stream,
-        attrs: attributes.as_mut_ptr(),
-        numAttrs: 1 + u32::from(cooperative),
+        attrs: &mut attribute,
+        numAttrs: 1,
     };
-    // SAFETY: the configuration and its attributes outlive the call; the rest is the caller's promise.
+    // SAFETY: the configuration and its attribute outlive the call; the rest is the caller's promise.
     unsafe { sys::cuLaunchKernelEx(&config, function.handle, arguments.as_mut_ptr(), ptr::null_mut()) }.result()
 }
