@@ -33,14 +33,18 @@ type Result<T> = std::result::Result<T, Box<dyn Error>>;
 const TARGETS: [&str; 9] =
     ["compute_70", "compute_80", "sm_75", "sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120"];
 /// One kernel file each, and what it is compiled for.
-const FAMILIES: [(&str, &[&str]); 6] = [
+const FAMILIES: [(&str, &[&str]); 8] = [
     ("quantize", &TARGETS),
     ("dequantize", &TARGETS),
     ("double_quant", &TARGETS),
+    ("matmul4_plain", &TARGETS),
+    ("matmul4_mma", &SINCE_AMPERE),
     ("matmul4_skinny", &HOPPER),
     ("matmul4_mid", &HOPPER),
     ("matmul4_wgmma", &HOPPER),
 ];
+/// What needs asynchronous copies and tensor cores for bfloat16.
+const SINCE_AMPERE: [&str; 7] = ["compute_80", "sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120"];
 /// What uses instructions of Hopper alone.
 const HOPPER: [&str; 1] = ["sm_90a"];
 /// Products stay products: CPU and GPU must agree to the last bit, so nothing is fused that the source does not fuse.

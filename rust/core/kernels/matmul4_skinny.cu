@@ -3,11 +3,7 @@
 //   x     m x k of E, m <= 8 * NT          codes  n x k / 2 bytes, the first code of a pair in the high nibble
 //   y     m x n of E                       scales one a block; blocks of 2^log2_blocksize >= 64 elements lie within a row
 //
-// Tensor cores: operand A is 16 rows of W, operand B eight tokens. The sum over k may take any order, so within 64 columns lane t
-// of a row's four takes the 16 columns of 8 packed bytes: bytes 2 s and 2 s + 1 are the two halves of step s of A's fragment,
-// and B's fragment is taken in the same order. Fragment rows g and g + 8 are rows 2 g and 2 g + 1 of the tile, which makes the
-// reads of the swizzled ring free of bank conflicts. A byte becomes two values through a table in shared memory; they are
-// unscaled, and the sum over 64 columns is multiplied by the block's scale in float32.
+// Fragments, their order and the table: matmul4_fragments.cuh.
 //
 // Work: WK warps share a tile of 16 * RT rows; each takes every WK-th stage of 256 columns, through a ring of DEPTH stages of its
 // own in shared memory, filled by the copy engine: codes, scales and, where they do not stay in registers, tokens. They do where
@@ -17,13 +13,8 @@
 // Bytes: k n / 2 of codes, 4 k n / blocksize of scales; x comes from the L2 cache. What bounds it besides memory is the pipe of
 // shared memory: for 1024 weights 16 table reads, 4 of codes, 4 that the copy engine writes. Instructions, the same: 16 table reads
 // and their addresses, 4 mma, 4 FMA, 4 reads of codes.
-#include "matmul4.cuh"
+#include "matmul4_fragments.cuh"
 #include "matmul4_instances.cuh"
-
-constexpr int STAGE = 256;              // columns
-constexpr int STAGE_BYTES = STAGE / 2;  // of a row's codes
-constexpr int STEP = 64;                // columns of one scale at most
-constexpr int TILE = 16;                // rows of a fragment
 
 struct Problem {
     TensorMap codes;   // bytes, n x k / 2; boxes of 16 * RT x 128, swizzled by 128 bytes
@@ -128,18 +119,6 @@ struct Skinny {
                     put(tokens[i][b], half, load_shared4(from + b * 1024 * NT + (i * 8 + g) * 128 + (((2 * t + half) ^ g) << 4)));
     }
 
-    // This lane's codes of a stage: of rows 2 g and 2 g + 1 of a fragment tile, 8 bytes of each 64 columns.
-    static __device__ __forceinline__ void fetch_codes(unsigned from, uint2 (&packed)[2][4]) {
-        const int lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
-#pragma unroll
-        for (int h = 0; h < 2; h++) {
-            const int row = 2 * g + h;
-#pragma unroll
-            for (int b = 0; b < 4; b++)
-                packed[h][b] = load_shared2(from + row * STAGE_BYTES + (((b * 2 + t / 2) ^ (row & 7)) << 4) + t % 2 * 8);
-        }
-    }
-
     // The scales of the stage's four steps in rows 2 g and 2 g + 1.
     static __device__ __forceinline__ void fetch_scales(const Problem& p, unsigned from, const Place& at, const float* nested_code,
                                                         float offset, float inverse_factor, float (&scale)[2][4]) {
@@ -173,35 +152,6 @@ struct Skinny {
                 const float own = nested_scale(nested_code[code], absmax, offset) * inverse_factor;
 #pragma unroll
                 for (int b = 0; b < 4; b++) scale[h][b] = __shfl_sync(FULL_WARP, own, (lane & ~3) | b);
-            }
-        }
-    }
-
-    // One fragment tile and one stage: sum += codes * tokens, scaled.
-    static __device__ __forceinline__ void multiply(const uint2 (&packed)[2][4], unsigned lane_base, const float (&scale)[2][4],
-                                                    const unsigned (&tokens)[NT][4][8], float (&sum)[NT][4]) {
-#pragma unroll
-        for (int b = 0; b < 4; b++) {
-            float part[NT][4] = {};
-#pragma unroll
-            for (int s = 0; s < 4; s++) {
-                const unsigned u = s < 2 ? packed[0][b].x : packed[0][b].y, v = s < 2 ? packed[1][b].x : packed[1][b].y;
-                unsigned a[4];
-                if (s % 2 == 0) {
-                    a[0] = Table::template look_up<0>(u, lane_base), a[1] = Table::template look_up<0>(v, lane_base);
-                    a[2] = Table::template look_up<1>(u, lane_base), a[3] = Table::template look_up<1>(v, lane_base);
-                } else {
-                    a[0] = Table::template look_up<2>(u, lane_base), a[1] = Table::template look_up<2>(v, lane_base);
-                    a[2] = Table::template look_up<3>(u, lane_base), a[3] = Table::template look_up<3>(v, lane_base);
-                }
-#pragma unroll
-                for (int i = 0; i < NT; i++) E::mma(part[i], a, tokens[i][b][2 * s], tokens[i][b][2 * s + 1]);
-            }
-            const float first = scale[0][b], second = scale[1][b];
-#pragma unroll
-            for (int i = 0; i < NT; i++) {
-                sum[i][0] = __fmaf_rn(part[i][0], first, sum[i][0]), sum[i][1] = __fmaf_rn(part[i][1], first, sum[i][1]);
-                sum[i][2] = __fmaf_rn(part[i][2], second, sum[i][2]), sum[i][3] = __fmaf_rn(part[i][3], second, sum[i][3]);
             }
         }
     }
@@ -311,7 +261,7 @@ struct Skinny {
                     fetch_codes(here + r * TILE * STAGE_BYTES, packed);
                     const Place part{row0 + r * TILE, at.stage};
                     fetch_scales(p, scale_ring + slot * SCALES + r * TILE * 16, part, nested_code, offset, inverse_factor, scale);
-                    multiply(packed, lane_base, scale, tokens[TOKENS == HELD ? i : 0], sum[r]);
+                    multiply_stage<E, Table>(packed, lane_base, scale, tokens[TOKENS == HELD ? i : 0], sum[r]);
                 }
                 __syncwarp();  // everybody has read the slot
                 if (lane == 0) ask_next(slot);

@@ -18,6 +18,8 @@ const MAX_DEVICES: usize = 64;
 pub struct Device {
     /// Its multiprocessors.
     pub multiprocessors: u32,
+    /// Major part of its compute capability.
+    pub major: i32,
     /// Whether a kernel may start before the previous one of its stream has ended.
     pub overlaps_launches: bool,
     /// The image that its kernels come from.
@@ -107,6 +109,7 @@ fn open(ordinal: usize) -> Result<Device> {
     let multiprocessors = attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT, device)? as u32;
     Ok(Device {
         multiprocessors,
+        major,
         // Graphs record such launches from CUDA 12.3 on.
         overlaps_launches: major >= 9 && driver_version()? >= (12, 3),
         target,

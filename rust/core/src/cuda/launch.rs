@@ -26,6 +26,22 @@ pub enum Kernel {
     Dequantize8(Dtype),
     /// double_quant.cu
     QuantizeAbsmax,
+    /// matmul4_plain.cu
+    Plain4 {
+        /// Type of the activations.
+        dtype: Dtype,
+        /// Whether the scales are.
+        nested: bool,
+    },
+    /// matmul4_mma.cu
+    Mma4 {
+        /// For so many eights of tokens, less one.
+        instance: usize,
+        /// Type of the activations, of 16 bits.
+        dtype: Dtype,
+        /// Whether the scales are.
+        nested: bool,
+    },
     /// matmul4_skinny.cu
     Skinny4 {
         /// Which of [`SKINNY`].
@@ -57,8 +73,9 @@ pub enum Kernel {
 
 impl Kernel {
     /// How many there are.
-    pub const COUNT: usize = Self::SKINNY4 + 6 * (SKINNY.len() + WIDE.len() + MID.len());
-    const SKINNY4: usize = 5 * Dtype::ALL.len() + 1;
+    pub const COUNT: usize = Self::SKINNY4 + 6 * (SKINNY.len() + WIDE.len() + MID.len() + 2);
+    const PLAIN4: usize = 5 * Dtype::ALL.len() + 1;
+    const SKINNY4: usize = Self::PLAIN4 + 2 * Dtype::ALL.len();
 
     /// Its place in a device's table.
     pub fn index(self) -> usize {
@@ -70,11 +87,16 @@ impl Kernel {
             Self::Dequantize4Nested(dtype) => 3 * types + dtype as usize,
             Self::Dequantize8(dtype) => 4 * types + dtype as usize,
             Self::QuantizeAbsmax => 5 * types,
+            Self::Plain4 { dtype, nested } => Self::PLAIN4 + 2 * dtype as usize + usize::from(nested),
             Self::Skinny4 { instance, dtype, nested } => {
                 Self::SKINNY4 + (instance * types + dtype as usize) * 2 + usize::from(nested)
             }
             Self::Mid4 { instance, dtype, nested } => {
                 let before = SKINNY.len() + WIDE.len();
+                Self::SKINNY4 + ((before + instance) * types + dtype as usize) * 2 + usize::from(nested)
+            }
+            Self::Mma4 { instance, dtype, nested } => {
+                let before = SKINNY.len() + WIDE.len() + MID.len();
                 Self::SKINNY4 + ((before + instance) * types + dtype as usize) * 2 + usize::from(nested)
             }
             Self::Wide4 { instance, dtype, nested } => {
@@ -88,6 +110,8 @@ impl Kernel {
             Self::Quantize4(_) | Self::Quantize8(_) => "quantize",
             Self::Dequantize4(_) | Self::Dequantize4Nested(_) | Self::Dequantize8(_) => "dequantize",
             Self::QuantizeAbsmax => "double_quant",
+            Self::Plain4 { .. } => "matmul4_plain",
+            Self::Mma4 { .. } => "matmul4_mma",
             Self::Skinny4 { .. } => "matmul4_skinny",
             Self::Mid4 { .. } => "matmul4_mid",
             Self::Wide4 { .. } => "matmul4_wgmma",
@@ -103,6 +127,12 @@ impl Kernel {
             Self::Dequantize4Nested(dtype) => format!("dequantize_4bit_nested_{}", dtype.suffix()),
             Self::Dequantize8(dtype) => format!("dequantize_8bit_{}", dtype.suffix()),
             Self::QuantizeAbsmax => "quantize_absmax".to_string(),
+            Self::Plain4 { dtype, nested } => {
+                format!("matmul4_plain_{}_{}", dtype.suffix(), SCALES[usize::from(nested)])
+            }
+            Self::Mma4 { instance, dtype, nested } => {
+                format!("matmul4_mma_{}_{}_{}", instance + 1, dtype.suffix(), SCALES[usize::from(nested)])
+            }
             Self::Skinny4 { instance, dtype, nested } => {
                 format!("matmul4_skinny_{}_{}_{}", SKINNY[instance].name, dtype.suffix(), SCALES[usize::from(nested)])
             }
@@ -119,7 +149,11 @@ impl Kernel {
     fn threads(self) -> u32 {
         match self {
             Self::Quantize4(_) | Self::Quantize8(_) | Self::QuantizeAbsmax => 512,
-            Self::Dequantize4(_) | Self::Dequantize4Nested(_) | Self::Dequantize8(_) => 256,
+            Self::Dequantize4(_)
+            | Self::Dequantize4Nested(_)
+            | Self::Dequantize8(_)
+            | Self::Plain4 { .. }
+            | Self::Mma4 { .. } => 256,
             Self::Skinny4 { instance, .. } => 32 * SKINNY[instance].warps,
             Self::Mid4 { instance, .. } => 128 * (MID[instance].groups * MID[instance].halves + 1),
             Self::Wide4 { .. } => 384,
@@ -129,6 +163,7 @@ impl Kernel {
     /// Bytes of shared memory that a launch asks for: all that blocks of which so many are to run side by side can have.
     fn shared_bytes(self) -> u32 {
         match self {
+            Self::Mma4 { .. } => 99 * 1024,
             Self::Skinny4 { instance, .. } => 228 * 1024 / SKINNY[instance].resident - 1024,
             Self::Mid4 { .. } | Self::Wide4 { .. } => 227 * 1024,
             _ => 0,

@@ -1,6 +1,6 @@
-//! Launches of matmul4_skinny.cu, matmul4_mid.cu and matmul4_wgmma.cu.
+//! Launches of matmul4_plain.cu, matmul4_mma.cu, matmul4_skinny.cu, matmul4_mid.cu and matmul4_wgmma.cu.
 
-use super::device::{Device, device};
+use super::device::device;
 use super::launch::{Grid, Kernel, Launch};
 use super::matmul4_choice::{self as choice, Path};
 use super::tensor_map::{Element, Matrix, TensorMap};
@@ -28,6 +28,22 @@ impl NestedSource {
             }
         }
     }
+}
+
+/// kernels/matmul4_plain.cu and kernels/matmul4_mma.cu
+#[repr(C)]
+struct PlainProblem {
+    x: u64,
+    codes: u64,
+    absmax: u64,
+    nested: NestedSource,
+    bias: u64,
+    y: u64,
+    m: i64,
+    n: i64,
+    k: i64,
+    log2_blocksize: i32,
+    quant_type: i32,
 }
 
 /// kernels/matmul4_skinny.cu
@@ -103,30 +119,36 @@ fn token_matrix(weight: &Weight, rows: &Rows, tokens: u32) -> Matrix {
     }
 }
 
-/// Whether the Hopper kernels take the problem: 16-bit activations, blocks of at least 64 columns that lie within a row, and rows
-/// that the copy engine can read.
-fn fits_hopper(weight: &Weight, rows: &Rows, device: &Device) -> bool {
-    let within = weight.blocksize >= 64 && weight.k.is_multiple_of(weight.blocksize);
-    let small = weight.n < 1 << 30 && weight.k < 1 << 30 && rows.m < 1 << 30;
-    device.target == "sm_90a"
-        && rows.dtype != Dtype::F32
-        && within
-        && small
-        && weight_matrices(weight, 1).iter().all(Matrix::is_copyable)
+/// Whether tensor cores take the problem: 16-bit activations, and blocks of at least 64 columns that lie within a row.
+fn fits_tensor_cores(weight: &Weight, rows: &Rows) -> bool {
+    let within = weight.blocksize >= 64 && weight.k > 0 && weight.k.is_multiple_of(weight.blocksize);
+    let aligned = rows.x.is_multiple_of(16) && weight.codes.is_multiple_of(16);
+    rows.dtype != Dtype::F32 && within && aligned
+}
+
+/// Whether the Hopper kernels do: rows that the copy engine can read, and sizes of 30 bits.
+fn fits_hopper(weight: &Weight, rows: &Rows) -> bool {
+    weight_matrices(weight, 1).iter().all(Matrix::is_copyable)
         && token_matrix(weight, rows, 1).is_copyable()
+        && weight.n.max(weight.k).max(rows.m) < 1 << 30
 }
 
 /// # Safety
 /// As [`crate::matmul4::matmul_4bit`].
 pub unsafe fn matmul_4bit(weight: Weight, rows: Rows, ordinal: usize, stream: u64) -> Result<bool> {
     let device = device(ordinal)?;
-    if !fits_hopper(&weight, &rows, device) {
-        return Ok(false);
-    }
-    let path = choice::choose(rows.m, weight.n, weight.k, device.multiprocessors as usize);
+    choice::check_forced()?;
+    let tensor_cores = device.major >= 8 && fits_tensor_cores(&weight, &rows);
+    let path = if tensor_cores && device.target == "sm_90a" && fits_hopper(&weight, &rows) {
+        choice::on_hopper(rows.m, weight.n, weight.k, device.multiprocessors as usize)
+    } else {
+        choice::elsewhere(rows.m, tensor_cores)
+    };
     // SAFETY: the caller's promise, handed on.
     unsafe {
         match path {
+            Path::Plain => plain(&weight, &rows, None, ordinal, stream)?,
+            Path::Mma => plain(&weight, &rows, Some(rows.m.div_ceil(8) - 1), ordinal, stream)?,
             Path::Skinny(instance) => skinny(&weight, &rows, instance, ordinal, stream)?,
             Path::Mid(instance) => mid(&weight, &rows, instance, device.multiprocessors, ordinal, stream)?,
             Path::Wide(instance) => wide(&weight, &rows, instance, device.multiprocessors, ordinal, stream)?,
@@ -139,6 +161,37 @@ pub unsafe fn matmul_4bit(weight: Weight, rows: Rows, ordinal: usize, stream: u6
 fn describe(weight: &Weight, rows: &Rows) -> String {
     let (m, n, k) = (rows.m, weight.n, weight.k);
     format!("{m} x {k} of {} by {n} x {k} in blocks of {}", rows.dtype.suffix(), weight.blocksize)
+}
+
+/// matmul4_plain.cu, or an instance of matmul4_mma.cu.
+unsafe fn plain(weight: &Weight, rows: &Rows, mma: Option<usize>, device: usize, stream: u64) -> Result<()> {
+    let absmax = match weight.absmax {
+        Absmax::Plain(absmax) => absmax,
+        Absmax::Nested { codes, .. } => codes,
+    };
+    let problem = PlainProblem {
+        x: rows.x,
+        codes: weight.codes,
+        absmax,
+        nested: NestedSource::new(weight.absmax),
+        bias: rows.bias,
+        y: rows.out,
+        m: rows.m as i64,
+        n: weight.n as i64,
+        k: weight.k as i64,
+        log2_blocksize: weight.blocksize.trailing_zeros() as i32,
+        quant_type: weight.quant_type as i32,
+    };
+    let (dtype, nested) = (rows.dtype, is_nested(weight));
+    // Rows of a block at a time: one a warp, or a tile.
+    let (kernel, block_rows) = match mma {
+        None => (Kernel::Plain4 { dtype, nested }, 8),
+        Some(instance) => (Kernel::Mma4 { instance, dtype, nested }, 16),
+    };
+    let grid = Grid::Resident(weight.n.div_ceil(block_rows) as u64);
+    let launch = Launch { device, stream, kernel, grid, describe: &|| describe(weight, rows) };
+    // SAFETY: the parameter of either file's kernels; memory by the caller's promise.
+    unsafe { launch.run(&mut [std::ptr::from_ref(&problem).cast_mut().cast()]) }
 }
 
 unsafe fn skinny(weight: &Weight, rows: &Rows, instance: usize, device: usize, stream: u64) -> Result<()> {

@@ -3,10 +3,15 @@
 use std::sync::OnceLock;
 
 use crate::matmul4_instances::{MID, SKINNY, STAGE, Tokens, WIDE};
+use crate::{Error, Result};
 
 /// A way to multiply.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Path {
+    /// matmul4_plain.cu.
+    Plain,
+    /// matmul4_mma.cu.
+    Mma,
     /// An instance of matmul4_skinny.cu.
     Skinny(usize),
     /// An instance of matmul4_mid.cu.
@@ -18,7 +23,7 @@ pub enum Path {
 }
 
 /// The path for `m` tokens and a weight of `n` x `k` on Hopper.
-pub fn choose(m: usize, n: usize, k: usize, multiprocessors: usize) -> Path {
+pub fn on_hopper(m: usize, n: usize, k: usize, multiprocessors: usize) -> Path {
     if let Some(path) = forced(m, n, k, multiprocessors) {
         return path;
     }
@@ -30,6 +35,17 @@ pub fn choose(m: usize, n: usize, k: usize, multiprocessors: usize) -> Path {
     let wide = (0..WIDE.len()).map(|i| (Path::Wide(i), wide_us(i, m, n, k, multiprocessors)));
     let candidates = sixteen.into_iter().chain(mid).chain(wide).chain([(Path::Panels, panels_us(m, n, k))]);
     candidates.min_by(|a, b| a.1.total_cmp(&b.1)).map_or(Path::Panels, |(path, _)| path)
+}
+
+/// The path where Hopper's kernels do not take the problem, with or without tensor cores.
+pub fn elsewhere(m: usize, tensor_cores: bool) -> Path {
+    match forced_name() {
+        Some("panels") => Path::Panels,
+        Some("plain") => Path::Plain,
+        _ if tensor_cores && m <= 16 => Path::Mma,
+        _ if m <= 8 => Path::Plain,
+        _ => Path::Panels,
+    }
 }
 
 /// Tiles of an instance of matmul4_mid.cu.
@@ -91,13 +107,39 @@ fn panels_us(m: usize, n: usize, k: usize) -> f64 {
     dequantize + 4.0 + product
 }
 
-/// The path that the environment variable `FEWBITS_MATMUL4` names, read once: an instance of the kernel for few tokens by its name,
-/// `mid16x256_1` (tokens and rows of a tile, blocks along k) and the others, `wide64`, `wide128`, `wide256`, or `panels`. It is passed over where its kernel does not take the problem.
-fn forced(m: usize, n: usize, k: usize, multiprocessors: usize) -> Option<Path> {
+/// The environment variable `FEWBITS_MATMUL4`, read once.
+fn forced_name() -> Option<&'static str> {
     static NAME: OnceLock<Option<String>> = OnceLock::new();
-    let name = NAME.get_or_init(|| std::env::var("FEWBITS_MATMUL4").ok()).as_deref()?;
-    if name == "panels" {
-        return Some(Path::Panels);
+    NAME.get_or_init(|| std::env::var("FEWBITS_MATMUL4").ok()).as_deref()
+}
+
+/// The names that `FEWBITS_MATMUL4` may have.
+fn names() -> Vec<String> {
+    let fixed = ["panels", "plain", "mma"].map(String::from);
+    let skinny = SKINNY.iter().map(|instance| instance.name.to_string());
+    let mid = MID.iter().map(|instance| format!("mid{}", instance.name()));
+    let wide = WIDE.iter().map(|instance| format!("wide{}", instance.columns));
+    fixed.into_iter().chain(skinny).chain(mid).chain(wide).collect()
+}
+
+/// Raises unless `FEWBITS_MATMUL4` is absent or names a path.
+pub fn check_forced() -> Result<()> {
+    static KNOWN: OnceLock<bool> = OnceLock::new();
+    let Some(name) = forced_name() else { return Ok(()) };
+    if *KNOWN.get_or_init(|| names().iter().any(|known| known == name)) {
+        return Ok(());
+    }
+    Err(Error::argument("FEWBITS_MATMUL4", name, format!("one of {}", names().join(", "))))
+}
+
+/// The path that `FEWBITS_MATMUL4` names, or `None` where its kernel does not take the problem.
+fn forced(m: usize, n: usize, k: usize, multiprocessors: usize) -> Option<Path> {
+    let name = forced_name()?;
+    match name {
+        "panels" => return Some(Path::Panels),
+        "plain" => return Some(Path::Plain),
+        "mma" => return (m <= 16).then_some(Path::Mma),
+        _ => {}
     }
     if let Some(instance) = WIDE.iter().position(|wide| name == format!("wide{}", wide.columns)) {
         return Some(Path::Wide(instance));
