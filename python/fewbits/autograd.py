@@ -3,17 +3,32 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch.utils._pytree import tree_leaves
 
-from fewbits import _checks
-from fewbits.functional import check_state, dequantize_as
+from fewbits import _checks, _launch, _matmul, _matmul_ops
+from fewbits._ops import library
+from fewbits.functional import check_state, nested_parts
 from fewbits.quant_state import QuantState
 
 __all__ = ["matmul_4bit"]
+
+# A weight in parts, as ops and autograd take it: B, absmax, nested code, nested absmax, nested block size, offset,
+# block size, quant type, shape.
+_Weight = tuple[
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor | None,
+    torch.Tensor | None,
+    int,
+    torch.Tensor | None,
+    int,
+    str,
+    Sequence[int],
+]
 
 
 def matmul_4bit(
@@ -25,8 +40,8 @@ def matmul_4bit(
 ) -> torch.Tensor:
     """Return ``A @ W.T + bias`` for a weight `W` held in 4 bits.
 
-    The weight is dequantized to the dtype of `A` for the product, and again for the gradient of `A`: nothing of its
-    full size is kept in between. It has no gradient itself.
+    The weight is decoded as it is multiplied, or in panels of bounded size, forward and for the gradient of `A`: a
+    full-size copy of it never exists. It has no gradient itself.
 
     Parameters
     ----------
@@ -67,14 +82,14 @@ def matmul_4bit(
         A = A.to(torch.get_autocast_dtype(A.device.type))
     if bias is not None:
         bias = bias.to(A.dtype)
+    weight = _parts(B, state)
+    if out is None:
+        return _product(A, bias, transposed, weight)
     differentiable = torch.is_grad_enabled() and (A.requires_grad or (bias is not None and bias.requires_grad))
-    if out is not None:
-        _check_out(out, A, state.shape[1 if transposed else 0] if state.shape is not None else 0, differentiable)
-    if differentiable:
-        product: torch.Tensor = _MatMul4Bit.apply(A, bias, transposed, B, *_parts(state))
-    else:
-        product = F.linear(A, _weight(B, state, A.dtype, transposed), bias)
-    return product if out is None else out.copy_(product)
+    _check_out(out, A, weight[-1][1 if transposed else 0], differentiable)
+    if not transposed and _launch.is_direct(A, bias, out, *_tensors(weight)):
+        return _matmul.matmul_4bit(A, *weight, bias, out)
+    return out.copy_(_product(A, bias, transposed, weight))
 
 
 def _check_product(A: torch.Tensor, B: torch.Tensor, state: QuantState, bias: torch.Tensor | None) -> bool:
@@ -116,71 +131,139 @@ def _check_out(out: torch.Tensor, A: torch.Tensor, rows: int, differentiable: bo
         raise ValueError("out: expected None where a gradient is asked for, got a tensor")
 
 
-def _weight(B: torch.Tensor, state: QuantState, dtype: torch.dtype, transposed: bool) -> torch.Tensor:
-    if dtype in _checks.DTYPES:
-        weight = dequantize_as(B, state, dtype)
-    else:
-        weight = dequantize_as(B, state, torch.float32).to(dtype)
-    return weight.t() if transposed else weight
+def _parts(B: torch.Tensor, state: QuantState) -> _Weight:
+    blocksize, quant_type, shape = state.blocksize, state.quant_type, state.shape
+    assert blocksize is not None
+    assert quant_type is not None
+    assert shape is not None
+    if not state.nested:
+        return B, state.absmax, None, None, 0, None, blocksize, quant_type, shape
+    offset, state2 = nested_parts(state, B.device)
+    assert state2.blocksize is not None
+    return B, state.absmax, state2.code, state2.absmax, state2.blocksize, offset, blocksize, quant_type, shape
 
 
-# What autograd (and torch.compile's view of it) must see are tensors and plain values, so a state travels in parts.
-_Parts = tuple[
-    torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, int | None, Any, int | None, str | None
-]
+def _tensors(weight: _Weight) -> tuple[torch.Tensor | None, ...]:
+    B, absmax, nested_code, nested_absmax, _, offset, *_ = weight
+    return B, absmax, nested_code, nested_absmax, offset
 
 
-def _parts(state: QuantState) -> _Parts:
-    state2 = state.state2 if state.nested else None
-    nested = (
-        (None, None, None, None) if state2 is None else (state.offset, state2.absmax, state2.code, state2.blocksize)
-    )
-    return (state.absmax, *nested, state.shape, state.blocksize, state.quant_type)
+def _product(A: torch.Tensor, bias: torch.Tensor | None, transposed: bool, weight: _Weight) -> torch.Tensor:
+    """Return ``A @ W.T + bias``, or ``A @ W + bias`` of a transposed weight, by whatever serves this caller.
+
+    The compiler and dispatch modes get one op. Transforms and forward-mode derivatives need the autograd.Function,
+    which knows their rules. An ordinary call goes straight to native code, by way of the Function if a gradient is
+    asked for.
+    """
+    if not torch.compiler.is_compiling():
+        wants_grad = torch.is_grad_enabled() and (A.requires_grad or (bias is not None and bias.requires_grad))
+        if _launch.is_transformed() or (wants_grad and _launch.is_direct(A, bias, *_tensors(weight))):
+            product: torch.Tensor = _MatMul4Bit.apply(A, *weight, bias, transposed)
+            return product
+    return _run(A, bias, transposed, weight)
 
 
-def _whole(
-    absmax: torch.Tensor,
-    offset: torch.Tensor | None,
-    nested_absmax: torch.Tensor | None,
-    nested_code: torch.Tensor | None,
-    nested_blocksize: int | None,
-    shape: Any,
-    blocksize: int | None,
-    quant_type: str | None,
-) -> QuantState:
-    state2 = None
-    if nested_absmax is not None:
-        state2 = QuantState(nested_absmax, None, nested_code, nested_blocksize)
-    return QuantState(absmax, shape, None, blocksize, quant_type, None, offset, state2)
+def _run(A: torch.Tensor, bias: torch.Tensor | None, transposed: bool, weight: _Weight) -> torch.Tensor:
+    run: Any = _matmul if _launch.is_direct(A, bias, *_tensors(weight)) else _matmul_ops
+    if not transposed:
+        product: torch.Tensor = run.matmul_4bit(A, *weight, bias)
+        return product
+    product = run.matmul_4bit_grad(A, *weight)
+    return product if bias is None else product + bias
+
+
+def _save(ctx: Any, A: torch.Tensor, weight: _Weight, transposed: bool) -> None:
+    B, absmax, nested_code, nested_absmax, nested_blocksize, offset, *rest = weight
+    tensors = (B, absmax, nested_code, nested_absmax, offset)
+    ctx.save_for_backward(*tensors)
+    ctx.save_for_forward(*tensors)
+    ctx.plain, ctx.transposed, ctx.dtype = (nested_blocksize, *rest), transposed, A.dtype
+
+
+def _saved(ctx: Any) -> _Weight:
+    B, absmax, nested_code, nested_absmax, offset = ctx.saved_tensors
+    nested_blocksize, *rest = ctx.plain
+    return (B, absmax, nested_code, nested_absmax, nested_blocksize, offset, *rest)
+
+
+def _gradients(
+    ctx: Any, grad_output: torch.Tensor, wants_A: bool, wants_bias: bool
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Return the gradients of `A` and of the bias. They are products with the same weight: those have gradients too."""
+    grad_A = grad_bias = None
+    if wants_A:
+        grad_A = _product(grad_output.to(ctx.dtype), None, not ctx.transposed, _saved(ctx))
+    if wants_bias:
+        grad_bias = grad_output.reshape(-1, grad_output.shape[-1]).sum(0)
+    return grad_A, grad_bias
 
 
 class _MatMul4Bit(torch.autograd.Function):
+    """The product for eager autograd, forward-mode derivatives and functorch.
+
+    Arguments: A, the parts of the weight, bias, transposed.
+    """
+
     @staticmethod
-    def forward(
-        A: torch.Tensor, bias: torch.Tensor | None, transposed: bool, B: torch.Tensor, *parts: Any
-    ) -> torch.Tensor:
-        return F.linear(A, _weight(B, _whole(*parts), A.dtype, transposed), bias)
+    def forward(A: torch.Tensor, *rest: Any) -> torch.Tensor:
+        *weight, bias, transposed = rest
+        return _run(A, bias, transposed, tuple(weight))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-        A, bias, ctx.transposed, B, *parts = inputs
-        ctx.dtype, ctx.bias_shape = A.dtype, None if bias is None else bias.shape
-        ctx.save_for_backward(B, *parts[:4])
-        ctx.plain = parts[4:]
+        A, *weight, _bias, transposed = inputs
+        _save(ctx, A, tuple(weight), transposed)
+        ctx.product_shape = output.shape
 
     @staticmethod
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        grad_A = grad_bias = None
-        if ctx.needs_input_grad[0]:
-            B, *tensors = ctx.saved_tensors
-            weight = _weight(B, _whole(*tensors, *ctx.plain), ctx.dtype, ctx.transposed)
-            grad_A = torch.matmul(grad_output, weight)
-        if ctx.needs_input_grad[1]:
-            grad_bias = grad_output.reshape(-1, grad_output.shape[-1]).sum(0)
-        return grad_A, grad_bias, *[None] * (2 + 4 + len(ctx.plain))
+        grad_A, grad_bias = _gradients(ctx, grad_output, ctx.needs_input_grad[0], ctx.needs_input_grad[-2])
+        return grad_A, *[None] * 9, grad_bias, None
+
+    @staticmethod
+    def jvp(ctx: Any, A: torch.Tensor | None, *rest: Any) -> torch.Tensor:
+        bias: torch.Tensor | None = rest[-2]
+        if A is not None:
+            return _product(A, bias, ctx.transposed, _saved(ctx))
+        assert bias is not None
+        return bias.expand(ctx.product_shape)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], A: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, int]:
-        if any(dim is not None for dim in tree_leaves(in_dims[1:])):  # a shape has a dim for each of its sizes
-            raise NotImplementedError("matmul_4bit: vmap is possible over A only, not over the weight or the bias")
-        return _MatMul4Bit.apply(A.movedim(in_dims[0], 0), *rest), 0
+        if all(dim is None for dim in tree_leaves(in_dims[1:])):  # a shape has a dim for each of its sizes
+            return _MatMul4Bit.apply(A.movedim(in_dims[0], 0), *rest), 0
+        products = [
+            _MatMul4Bit.apply(
+                *(arg.select(dim, i) if type(dim) is int else arg for arg, dim in zip((A, *rest), in_dims, strict=True))
+            )
+            for i in range(info.batch_size)
+        ]
+        return torch.stack(products), 0
+
+
+# ---- gradients of the ops, for whoever traces them ------------------------------------------------------------------
+
+
+def _op_backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    grad_A, grad_bias = _gradients(ctx, grad_output, ctx.needs_input_grad[0], ctx.needs_input_grad[-1])
+    return grad_A, *[None] * 9, grad_bias
+
+
+def _op_setup(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    A, *weight, _bias = inputs
+    _save(ctx, A, tuple(weight), transposed=False)
+
+
+def _grad_op_backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    return _gradients(ctx, grad_output, True, False)[0], *[None] * 9
+
+
+def _grad_op_setup(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    grad_output, *weight = inputs
+    _save(ctx, grad_output, tuple(weight), transposed=True)
+
+
+torch.library.register_autograd("fewbits::matmul_4bit", _op_backward, setup_context=_op_setup, lib=library)
+torch.library.register_autograd(
+    "fewbits::matmul_4bit_grad", _grad_op_backward, setup_context=_grad_op_setup, lib=library
+)

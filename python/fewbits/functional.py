@@ -218,9 +218,7 @@ def dequantize_as(
         run: Any = _backend(A, state.absmax, out)
         values: torch.Tensor = run.dequantize_4bit(A, state.absmax, blocksize, quant_type, shape, dtype, out)
         return values
-    offset, state2 = _nested_parts(state)
-    if not isinstance(offset, torch.Tensor):
-        offset = torch.tensor(offset, dtype=torch.float32, device=A.device)
+    offset, state2 = nested_parts(state, A.device)
     nested = (state2.code, state2.absmax, state2.blocksize, offset)
     run = _backend(A, state.absmax, state2.absmax, out)
     result: torch.Tensor = run.dequantize_4bit_nested(
@@ -229,11 +227,15 @@ def dequantize_as(
     return result
 
 
-def _nested_parts(state: QuantState) -> tuple[torch.Tensor, QuantState]:
+def nested_parts(state: QuantState, device: torch.device) -> tuple[torch.Tensor, QuantState]:
+    """Return the offset and the state of the maxima of a nested state. Some writers leave the offset as a number."""
     if state.state2 is None or state.offset is None:
         missing = "state2" if state.state2 is None else "offset"
         raise ValueError(f"quant_state.{missing}: expected a value in a nested state, got None")
-    return state.offset, state.state2
+    offset = state.offset
+    if not isinstance(offset, torch.Tensor):
+        offset = torch.tensor(offset, dtype=torch.float32, device=device)
+    return offset, state.state2
 
 
 def quantize_fp4(
@@ -408,7 +410,7 @@ def dequantize_blockwise(
             raise ValueError("quant_state.blocksize: expected a power of two from 32 to 4096, got None")
         blocksize = quant_state.blocksize
         if quant_state.nested:
-            offset, state2 = _nested_parts(quant_state)
+            offset, state2 = nested_parts(quant_state, A.device)
             absmax = dequantize_blockwise(absmax, state2) + offset
     code = _own_code(code, A.device)
     run: Any = _backend(A, absmax, code, out)

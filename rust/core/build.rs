@@ -23,7 +23,7 @@ mod tables;
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
 /// One kernel file each.
-const FAMILIES: [&str; 3] = ["quantize", "dequantize", "double_quant"];
+const FAMILIES: [&str; 4] = ["quantize", "dequantize", "double_quant", "panel"];
 /// Machine code for the chips of today, and PTX that a driver compiles for those of tomorrow (and for 7.0 and 7.2).
 const TARGETS: [&str; 9] =
     ["compute_70", "compute_80", "sm_75", "sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120"];

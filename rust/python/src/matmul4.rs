@@ -1,12 +1,11 @@
 //! Products with 4-bit weights. Arguments: `_native.pyi`.
 
-use fewbits_core::blockwise::Absmax;
 use fewbits_core::matmul4::{self, Rows, Weight};
 use pyo3::prelude::*;
 
 use crate::blockwise::run;
 use crate::error::Result;
-use crate::target::{dtype, quant_type, target};
+use crate::target::{absmax, dtype, quant_type, target};
 
 /// Multiplies with a 4-bit weight; `nested_blocksize` 0 means plain float32 maxima. Returns whether a kernel took it.
 #[pyfunction]
@@ -30,10 +29,7 @@ pub fn matmul_4bit(
     device: i64,
     queue: u64,
 ) -> Result<bool> {
-    let absmax = match nested_blocksize {
-        0 => Absmax::Plain(absmax),
-        blocksize => Absmax::Nested { codes: absmax, code: nested_code, absmax: nested_absmax, blocksize, offset },
-    };
+    let absmax = self::absmax(absmax, nested_code, nested_absmax, nested_blocksize, offset);
     let weight = Weight { codes, n, k, blocksize, quant_type: self::quant_type(quant_type)?, absmax };
     let rows = Rows { x, m, dtype: self::dtype(dtype)?, bias, out };
     let target = target(device, queue)?;

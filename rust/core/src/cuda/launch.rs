@@ -23,13 +23,17 @@ pub enum Kernel {
     Dequantize4Nested(Dtype),
     /// dequantize.cu
     Dequantize8(Dtype),
+    /// panel.cu
+    Panel(Dtype),
+    /// panel.cu
+    PanelNested(Dtype),
     /// double_quant.cu
     QuantizeAbsmax,
 }
 
 impl Kernel {
     /// How many there are.
-    pub const COUNT: usize = 5 * Dtype::ALL.len() + 1;
+    pub const COUNT: usize = 7 * Dtype::ALL.len() + 1;
 
     /// Its place in a device's table.
     pub fn index(self) -> usize {
@@ -40,7 +44,9 @@ impl Kernel {
             Self::Dequantize4(dtype) => 2 * types + dtype as usize,
             Self::Dequantize4Nested(dtype) => 3 * types + dtype as usize,
             Self::Dequantize8(dtype) => 4 * types + dtype as usize,
-            Self::QuantizeAbsmax => 5 * types,
+            Self::Panel(dtype) => 5 * types + dtype as usize,
+            Self::PanelNested(dtype) => 6 * types + dtype as usize,
+            Self::QuantizeAbsmax => 7 * types,
         }
     }
 
@@ -48,6 +54,7 @@ impl Kernel {
         match self {
             Self::Quantize4(_) | Self::Quantize8(_) => "quantize",
             Self::Dequantize4(_) | Self::Dequantize4Nested(_) | Self::Dequantize8(_) => "dequantize",
+            Self::Panel(_) | Self::PanelNested(_) => "panel",
             Self::QuantizeAbsmax => "double_quant",
         }
     }
@@ -60,6 +67,8 @@ impl Kernel {
             Self::Dequantize4(dtype) => format!("dequantize_4bit_{}", dtype.suffix()),
             Self::Dequantize4Nested(dtype) => format!("dequantize_4bit_nested_{}", dtype.suffix()),
             Self::Dequantize8(dtype) => format!("dequantize_8bit_{}", dtype.suffix()),
+            Self::Panel(dtype) => format!("dequantize_4bit_panel_{}", dtype.suffix()),
+            Self::PanelNested(dtype) => format!("dequantize_4bit_panel_nested_{}", dtype.suffix()),
             Self::QuantizeAbsmax => "quantize_absmax".to_string(),
         }
     }
@@ -69,6 +78,7 @@ impl Kernel {
         match self {
             Self::Quantize4(_) | Self::Quantize8(_) => 512,
             Self::Dequantize4(_) | Self::Dequantize4Nested(_) | Self::Dequantize8(_) => 256,
+            Self::Panel(_) | Self::PanelNested(_) => 256,
             Self::QuantizeAbsmax => 1024,
         }
     }
@@ -119,6 +129,12 @@ pub enum Grid {
     /// they may start before the previous kernel of the stream has ended: the kernel itself waits for it.
     Cooperative(u64),
 }
+
+/// Pointers to the values of a kernel's parameters.
+macro_rules! arguments {
+    ($($value:expr),* $(,)?) => { &mut [$(std::ptr::from_ref(&$value).cast_mut().cast::<std::ffi::c_void>()),*] };
+}
+pub(crate) use arguments;
 
 /// One launch.
 pub struct Launch<'a> {

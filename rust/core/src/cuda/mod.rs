@@ -8,6 +8,7 @@ mod driver;
 mod image;
 mod launch;
 pub(crate) mod matmul4;
+pub(crate) mod panel;
 
 pub use device::{DeviceInfo, devices};
 pub use driver::driver_version;
