@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves
 
-from fewbits import _checks, _launch, _matmul, _matmul_ops
+from fewbits import _checks, _launch, _matmul, _matmul_ops, _prepared
 from fewbits._ops import library
-from fewbits.functional import check_state, nested_parts
+from fewbits._states import check_state, nested_parts
 from fewbits.quant_state import QuantState
 
 __all__ = ["matmul_4bit"]
@@ -74,6 +74,10 @@ def matmul_4bit(
     >>> matmul_4bit(torch.ones(1, 32), codes.t(), state).tolist()
     [[32.0, 32.0]]
     """
+    if out is None and type(quant_state) is QuantState and not torch.compiler.is_compiling():
+        done = _prepared.matmul_4bit(A, B, quant_state, bias)
+        if done is not None:
+            return done
     if quant_state is None:
         raise ValueError("quant_state: expected the state of B, got None")
     state = check_state(quant_state)

@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from fewbits._prepared import multiply, prepare
 from fewbits.autograd import matmul_4bit
 from fewbits.nn.params import Params4bit, as_packed, keywords, to_storage
 from fewbits.quant_state import QuantState
 
 __all__ = ["Linear4bit", "LinearFP4", "LinearNF4"]
 
+_is_compiling = torch.compiler.is_compiling
 _logger = logging.getLogger("fewbits.nn")
 _warned: set[str] = set()
 
@@ -106,8 +108,21 @@ class Linear4bit(nn.Linear):
         RuntimeError
             If the weight is not quantized yet.
         """
+        tracing = _is_compiling()
+        if not tracing:
+            weight = self._parameters.get("weight")
+            state, compute_dtype = self.quant_state, self.compute_dtype
+            if (
+                type(weight) is Params4bit
+                and weight.prepared is not None
+                and weight.quant_state is state is not None
+                and self.compute_type_is_set
+                and (compute_dtype is None or compute_dtype is x.dtype)
+            ):
+                product = multiply(weight.prepared, weight, state, x, self._parameters["bias"])
+                if product is not None:
+                    return product
         input_dtype = x.dtype
-        tracing = torch.compiler.is_compiling()
         state = self._find_state(tracing)
         if not tracing:  # a compiled graph must not change the module: it would be compiled again for it
             if not self.compute_type_is_set:
@@ -120,8 +135,10 @@ class Linear4bit(nn.Linear):
                 )
         if self.compute_dtype is not None:
             x = x.to(self.compute_dtype)
-        weight = self.weight if tracing else self.weight.data
-        return matmul_4bit(x, weight, state, bias=self.bias).to(input_dtype)
+        codes = self.weight if tracing else self.weight.data
+        if not tracing and type(weight) is Params4bit and weight.prepared is None and weight.quant_state is state:
+            weight.prepared = prepare(codes, state)  # for the next call
+        return matmul_4bit(x, codes, state, bias=self.bias).to(input_dtype)
 
     def set_compute_type(self, x: torch.Tensor) -> None:
         """Take the dtype of a first input as the compute dtype, if products are accurate in it."""
