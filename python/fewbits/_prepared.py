@@ -55,30 +55,31 @@ class Prepared:
         self.device, self.ordinal, self.base = B.device, ordinal, _storage_address(B)
         self.state, self.absmax, self.absmax_address = state, state.absmax, state.absmax.data_ptr()
         self.plain = (state.shape, state.blocksize, state.quant_type)
-        self.nested = _nested_of(state) if state.nested else None
+        self.nested = _nested_of(state, native[6]) if state.nested else None
 
 
-_Nested = tuple[QuantState, torch.Tensor, int, torch.Tensor, torch.Tensor, int, int]
+_Nested = tuple[QuantState, torch.Tensor, int, torch.Tensor, int, torch.Tensor, int, int]
 
 
-def _nested_of(state: QuantState) -> _Nested:
+def _nested_of(state: QuantState, code_address: int) -> _Nested:
     state2, offset = state.state2, state.offset
     assert state2 is not None
     assert offset is not None
     assert state2.code is not None
     assert state2.blocksize is not None
     absmax = state2.absmax
-    return state2, absmax, absmax.data_ptr(), state2.code, offset, offset.data_ptr(), state2.blocksize
+    return state2, absmax, absmax.data_ptr(), state2.code, code_address, offset, offset.data_ptr(), state2.blocksize
 
 
 def _is_same(nested: _Nested, state: QuantState) -> bool:
-    state2, absmax, absmax_address, code, offset, offset_address, blocksize = nested
+    state2, absmax, absmax_address, code, code_address, offset, offset_address, blocksize = nested
     return (
         state.nested
         and state.state2 is state2
         and state2.absmax is absmax
         and absmax.data_ptr() == absmax_address
         and state2.code is code
+        and (not code_address or code.data_ptr() == code_address)
         and state.offset is offset
         and offset.data_ptr() == offset_address
         and state2.blocksize is blocksize
@@ -101,10 +102,9 @@ def prepare(B: Any, state: QuantState) -> Prepared | None:
     native: _Native
     if state.nested:
         parts = nested_addresses(state, blocks, ordinal)
-        if parts is None or parts[1]:  # a table of somebody's own, whose address nobody watches
+        if parts is None:
             return None
-        maxima, _, nested_absmax, nested_blocksize, offset = parts
-        native = (B.data_ptr(), n, k, blocksize, number, maxima, 0, nested_absmax, nested_blocksize, offset)
+        native = (B.data_ptr(), n, k, blocksize, number, *parts)
     elif fits(absmax, _float32, blocks, ordinal):
         native = (B.data_ptr(), n, k, blocksize, number, absmax.data_ptr(), 0, 0, 0, 0)
     else:
