@@ -13,11 +13,12 @@ from torch import nn
 import fewbits
 import fewbits.functional as F
 from arrays import DTYPES, assert_same_bits
-from fewbits import _checks, _matmul, _native
+from fewbits import _checks, _native, _panel
 from fewbits._launch import target_queue
 from fewbits._states import dequantize_as
+from products import assert_rounded_once, distance, truth_of
 from strategies import blocksizes, dtypes, quant_types, seeds
-from tolerances import MATMUL_RATIO, UNIT_ROUNDOFF
+from tolerances import MATMUL_RATIO
 
 STORAGES = [torch.uint8, torch.float16, torch.bfloat16, torch.float32]
 REAL_SHAPES = [(4096, 4096), (14336, 4096), (4096, 14336), (1024, 4096), (28672, 8192), (8192, 28672), (4097, 4104)]
@@ -57,7 +58,7 @@ class Weight:
     def times(self, x: torch.Tensor, bias: torch.Tensor | None = None, out: torch.Tensor | None = None) -> torch.Tensor:
         return fewbits.matmul_4bit(x, self.codes, self.state, out, bias)
 
-    def bound(self) -> _matmul._Weight:
+    def bound(self) -> _panel.Bound:
         state, state2 = self.state, self.state.state2
         nested: tuple[Any, ...] = (None, None, 0, None)
         if state2 is not None:
@@ -65,30 +66,7 @@ class Weight:
         assert state.shape is not None
         assert state.blocksize is not None
         assert state.quant_type is not None
-        return _matmul._bind(self.codes, state.absmax, *nested, state.blocksize, state.quant_type, state.shape)
-
-
-def distance(got: torch.Tensor, truth: torch.Tensor) -> float:
-    """Relative error in the Euclidean norm."""
-    return float((got.double() - truth).norm() / truth.norm())
-
-
-def truth_of(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    return nn.functional.linear(x.double(), weight, None if bias is None else bias.double())
-
-
-def assert_rounded_once(
-    got: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
-) -> None:
-    """The bound that holds for each element: weights and result rounded to the dtype once, sums in float32."""
-    __tracebackhide__ = True
-    truth = truth_of(x, weight, bias)
-    magnitude = truth_of(x.abs(), weight.abs(), None if bias is None else bias.abs())
-    k, unit = x.shape[-1], UNIT_ROUNDOFF[got.dtype]
-    allowed = 1.01 * unit * (truth.abs() + magnitude) + (k + 4) * 2.0**-24 * magnitude
-    smallest = torch.finfo(got.dtype).smallest_normal
-    worst = ((got.double() - truth).abs() - allowed - smallest * unit).max() if got.numel() else torch.tensor(0.0)
-    assert worst <= 0, f"{worst} past the bound"
+        return _panel.bind(self.codes, state.absmax, *nested, state.blocksize, state.quant_type, state.shape)
 
 
 # ---- against float64 ------------------------------------------------------------------------------------------------
@@ -156,7 +134,7 @@ def test_any_problem(
     out = memory[8:-8].view(*batch, n)
     with pytest.MonkeyPatch.context() as patch:
         if panel is not None:
-            patch.setattr(_matmul, "PANEL_BYTES", {"cpu": panel, "cuda": panel})
+            patch.setattr(_panel, "PANEL_BYTES", {"cpu": panel, "cuda": panel})
         y = weight.times(x, added)
         assert weight.times(x, added, out) is out
     assert (y.shape, y.dtype, y.is_contiguous()) == ((*batch, n), dtype, True)
@@ -304,7 +282,7 @@ def test_gradients(
     )
     with pytest.MonkeyPatch.context() as patch:
         if panel is not None:
-            patch.setattr(_matmul, "PANEL_BYTES", {"cpu": panel, "cuda": panel})
+            patch.setattr(_panel, "PANEL_BYTES", {"cpu": panel, "cuda": panel})
         weight.times(x, added).backward(grad)
     assert x.grad is not None
     assert (x.grad.shape, x.grad.dtype) == (x.shape, dtype)
@@ -336,13 +314,13 @@ def test_gradients_as_exact_as_torchs(dtype: torch.dtype, m: int, device: torch.
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("kind", ["cuda", "cpu"])
 def test_panels_are_bounded(shape: tuple[int, int], dim: int, dtype: torch.dtype, kind: str) -> None:
-    count = _matmul.panel_size(shape, dim, dtype, torch.device(kind))
+    count = _panel.panel_size(shape, dim, dtype, torch.device(kind))
     size, other = shape[dim], shape[1 - dim]
     itemsize = dtype.itemsize if dtype in DTYPES else dtype.itemsize + 4
     assert 1 <= count <= size
-    assert count == 1 or count * other * itemsize <= _matmul.PANEL_BYTES[kind]
+    assert count == 1 or count * other * itemsize <= _panel.PANEL_BYTES[kind]
     assert count == size or count < 64 or count % 64 == 0
-    assert _matmul.PANEL_BYTES["cuda"] <= 64 << 20
+    assert _panel.PANEL_BYTES["cuda"] <= 64 << 20
 
 
 @pytest.mark.parametrize("backward", [False, True])
@@ -364,7 +342,7 @@ def test_memory_on_the_cpu(backward: bool) -> None:
         held += event.self_cpu_memory_usage
         peak = max(peak, held)
     results = 4 * m * (n + 2 * k)
-    assert 0 < peak <= _matmul.PANEL_BYTES["cpu"] + results + (64 << 10)
+    assert 0 < peak <= _panel.PANEL_BYTES["cpu"] + results + (64 << 10)
 
 
 @pytest.mark.cuda

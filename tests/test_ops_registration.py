@@ -29,9 +29,12 @@ def arguments(name: str, device: torch.device | str = "cpu", n: int = 300, **kwa
     if name == "dequantize_blockwise":
         codes, absmax = ops.quantize_blockwise(x, code, blocksize)
         return codes, absmax, code, blocksize, dtype
-    if name in PRODUCTS:
+    if name in PRODUCTS or name == "dequantize_4bit_rows":
         k = max(1, n // 10)
         weight = product_weight(x, (n // k, k), blocksize, quant_type, storage, code)
+        if name == "dequantize_4bit_rows":
+            indices = torch.arange(n // k, dtype=torch.int32, device=device).flip(0)
+            return indices, *weight, dtype
         A = x[: n // k * k].view((n // k, k) if name == "matmul_4bit" else (k, n // k))
         return (A, *weight, A.new_ones(n // k)) if name == "matmul_4bit" else (A, *weight)
     if name == "dequantize_4bit":
@@ -60,7 +63,7 @@ def product_weight(
 
 QUANTIZERS = ["quantize_4bit", "quantize_4bit_nested", "quantize_blockwise"]
 PRODUCTS = ["matmul_4bit", "matmul_4bit_grad"]
-ALL = [*QUANTIZERS, *NAMES, *PRODUCTS]
+ALL = [*QUANTIZERS, *NAMES, *PRODUCTS, "dequantize_4bit_rows"]
 
 
 def test_every_op_is_here() -> None:
@@ -147,6 +150,10 @@ def product(
     return ops.matmul_4bit(A, *weight, bias) if op is None else op(A, *weight)
 
 
+def rows(indices: torch.Tensor, *weight: Any) -> object:
+    return ops.dequantize_4bit_rows(indices, *weight, torch.float32)
+
+
 WRONG: list[tuple[str, Callable[[torch.Tensor], object]]] = [
     ("A.*int64", lambda x: ops.quantize_4bit(x.long(), 64, "nf4", torch.uint8)),
     ("blocksize.*48", lambda x: ops.quantize_4bit(x, 48, "nf4", torch.uint8)),
@@ -164,6 +171,7 @@ WRONG: list[tuple[str, Callable[[torch.Tensor], object]]] = [
     ("bias.*5.*float32.*5.*float16", lambda x: product(x[:30], bias=x[:5].half())),
     ("bias.*5.*4", lambda x: product(x[:30], bias=x[:4])),
     ("shape.*N, K", lambda x: product(x[:30], shape=[150])),
+    ("indices.*int32 or torch.int64.*float32", lambda x: product(x[:5], op=rows)),
     ("grad_output.*last size of 5.*30", lambda x: product(x[:30], op=ops.matmul_4bit_grad)),
 ]
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import fewbits.functional as F
 from arrays import assert_same_bits
-from fewbits import _matmul, _native
+from fewbits import _native, _panel
 from fewbits._checks import DTYPES as NUMBERS
 from fewbits._launch import target_queue
 from strategies import blocksizes, dtypes, fill, quant_types, seeds
@@ -36,7 +36,7 @@ class Weight:
         parts: tuple[Any, ...] = (None, None, 0, None)
         if state2 is not None:
             parts = (state2.code, state2.absmax, state2.blocksize, self.state.offset)
-        self.bound = _matmul._bind(self.codes, self.state.absmax, *parts, blocksize, quant_type, (n, k))
+        self.bound = _panel.bind(self.codes, self.state.absmax, *parts, blocksize, quant_type, (n, k))
 
     def dequantized(self, dtype: torch.dtype) -> torch.Tensor:
         self.state.dtype = dtype
@@ -203,7 +203,7 @@ def test_large_panels(nested: bool, cuda: torch.device) -> None:
     n, k = 2**19 + 3, 4096
     codes = torch.randint(0, 256, (n * k // 2,), dtype=torch.uint8, device=cuda)
     absmax = torch.rand(n * k // 64, device=cuda)
-    bound = _matmul._bind(codes, absmax, None, None, 0, None, 64, "nf4", (n, k))
+    bound = _panel.bind(codes, absmax, None, None, 0, None, 64, "nf4", (n, k))
     memory = poisoned(3, k, torch.bfloat16, cuda, 0)
     _native.dequantize_4bit_panel(
         *bound.native, n - 3, 3, 0, k, memory[8:].data_ptr(), NUMBERS[torch.bfloat16], *target_queue(cuda)

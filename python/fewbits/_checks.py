@@ -206,6 +206,27 @@ def check_matmul_4bit(
             )
 
 
+def check_rows(
+    indices: torch.Tensor,
+    B: torch.Tensor,
+    absmax: torch.Tensor,
+    nested_code: torch.Tensor | None,
+    nested_absmax: torch.Tensor | None,
+    nested_blocksize: int,
+    offset: torch.Tensor | None,
+    blocksize: int,
+    quant_type: str,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+) -> None:
+    check_tensor("indices", indices)
+    if indices.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"indices: expected torch.int32 or torch.int64, got {indices.dtype}")
+    check_dtype("dtype", dtype)
+    check_same_device("indices", indices, "B", B)
+    check_weight_4bit(B, absmax, nested_code, nested_absmax, nested_blocksize, offset, blocksize, quant_type, shape)
+
+
 def check_absmax(name: str, absmax: torch.Tensor) -> None:
     if not absmax.is_floating_point():
         raise ValueError(f"{name}: expected a floating-point dtype, got {absmax.dtype}")

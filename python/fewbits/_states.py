@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -9,6 +10,20 @@ import torch
 
 from fewbits import _direct, _launch, _ops
 from fewbits.quant_state import QuantState
+
+# A weight in parts, as ops and autograd take it: B, absmax, nested code, nested absmax, nested block size, offset,
+# block size, quant type, shape.
+WeightParts = tuple[
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor | None,
+    torch.Tensor | None,
+    int,
+    torch.Tensor | None,
+    int,
+    str,
+    Sequence[int],
+]
 
 
 def backend(*tensors: torch.Tensor | None) -> ModuleType:
@@ -57,3 +72,22 @@ def nested_parts(state: QuantState, device: torch.device) -> tuple[torch.Tensor,
     if not isinstance(offset, torch.Tensor):
         offset = torch.tensor(offset, dtype=torch.float32, device=device)
     return offset, state.state2
+
+
+def weight_parts(B: torch.Tensor, state: QuantState) -> WeightParts:
+    """Return codes and a checked state as ops and autograd take them."""
+    blocksize, quant_type, shape = state.blocksize, state.quant_type, state.shape
+    assert blocksize is not None
+    assert quant_type is not None
+    assert shape is not None
+    if not state.nested:
+        return B, state.absmax, None, None, 0, None, blocksize, quant_type, shape
+    offset, state2 = nested_parts(state, B.device)
+    assert state2.blocksize is not None
+    return B, state.absmax, state2.code, state2.absmax, state2.blocksize, offset, blocksize, quant_type, shape
+
+
+def weight_tensors(weight: WeightParts) -> tuple[torch.Tensor | None, ...]:
+    """Return the tensors among the parts of a weight."""
+    B, absmax, nested_code, nested_absmax, _, offset, *_ = weight
+    return B, absmax, nested_code, nested_absmax, offset

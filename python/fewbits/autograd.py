@@ -3,32 +3,17 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch.utils._pytree import tree_leaves
 
-from fewbits import _checks, _launch, _matmul, _matmul_ops, _prepared
+from fewbits import _checks, _launch, _matmul, _prepared, _weight_ops
 from fewbits._ops import library
-from fewbits._states import check_state, nested_parts
+from fewbits._states import WeightParts, check_state, weight_parts, weight_tensors
 from fewbits.quant_state import QuantState
 
 __all__ = ["matmul_4bit"]
-
-# A weight in parts, as ops and autograd take it: B, absmax, nested code, nested absmax, nested block size, offset,
-# block size, quant type, shape.
-_Weight = tuple[
-    torch.Tensor,
-    torch.Tensor,
-    torch.Tensor | None,
-    torch.Tensor | None,
-    int,
-    torch.Tensor | None,
-    int,
-    str,
-    Sequence[int],
-]
 
 
 def matmul_4bit(
@@ -86,12 +71,12 @@ def matmul_4bit(
         A = A.to(torch.get_autocast_dtype(A.device.type))
     if bias is not None:
         bias = bias.to(A.dtype)
-    weight = _parts(B, state)
+    weight = weight_parts(B, state)
     if out is None:
         return _product(A, bias, transposed, weight)
     differentiable = torch.is_grad_enabled() and (A.requires_grad or (bias is not None and bias.requires_grad))
     _check_out(out, A, weight[-1][1 if transposed else 0], differentiable)
-    if not transposed and _launch.is_direct(A, bias, out, *_tensors(weight)):
+    if not transposed and _launch.is_direct(A, bias, out, *weight_tensors(weight)):
         return _matmul.matmul_4bit(A, *weight, bias, out)
     return out.copy_(_product(A, bias, transposed, weight))
 
@@ -135,24 +120,7 @@ def _check_out(out: torch.Tensor, A: torch.Tensor, rows: int, differentiable: bo
         raise ValueError("out: expected None where a gradient is asked for, got a tensor")
 
 
-def _parts(B: torch.Tensor, state: QuantState) -> _Weight:
-    blocksize, quant_type, shape = state.blocksize, state.quant_type, state.shape
-    assert blocksize is not None
-    assert quant_type is not None
-    assert shape is not None
-    if not state.nested:
-        return B, state.absmax, None, None, 0, None, blocksize, quant_type, shape
-    offset, state2 = nested_parts(state, B.device)
-    assert state2.blocksize is not None
-    return B, state.absmax, state2.code, state2.absmax, state2.blocksize, offset, blocksize, quant_type, shape
-
-
-def _tensors(weight: _Weight) -> tuple[torch.Tensor | None, ...]:
-    B, absmax, nested_code, nested_absmax, _, offset, *_ = weight
-    return B, absmax, nested_code, nested_absmax, offset
-
-
-def _product(A: torch.Tensor, bias: torch.Tensor | None, transposed: bool, weight: _Weight) -> torch.Tensor:
+def _product(A: torch.Tensor, bias: torch.Tensor | None, transposed: bool, weight: WeightParts) -> torch.Tensor:
     """Return ``A @ W.T + bias``, or ``A @ W + bias`` of a transposed weight, by whatever serves this caller.
 
     The compiler and dispatch modes get one op. Transforms and forward-mode derivatives need the autograd.Function,
@@ -161,14 +129,14 @@ def _product(A: torch.Tensor, bias: torch.Tensor | None, transposed: bool, weigh
     """
     if not torch.compiler.is_compiling():
         wants_grad = torch.is_grad_enabled() and (A.requires_grad or (bias is not None and bias.requires_grad))
-        if _launch.is_transformed() or (wants_grad and _launch.is_direct(A, bias, *_tensors(weight))):
+        if _launch.is_transformed() or (wants_grad and _launch.is_direct(A, bias, *weight_tensors(weight))):
             product: torch.Tensor = _MatMul4Bit.apply(A, *weight, bias, transposed)
             return product
     return _run(A, bias, transposed, weight)
 
 
-def _run(A: torch.Tensor, bias: torch.Tensor | None, transposed: bool, weight: _Weight) -> torch.Tensor:
-    run: Any = _matmul if _launch.is_direct(A, bias, *_tensors(weight)) else _matmul_ops
+def _run(A: torch.Tensor, bias: torch.Tensor | None, transposed: bool, weight: WeightParts) -> torch.Tensor:
+    run: Any = _matmul if _launch.is_direct(A, bias, *weight_tensors(weight)) else _weight_ops
     if not transposed:
         product: torch.Tensor = run.matmul_4bit(A, *weight, bias)
         return product
@@ -176,7 +144,7 @@ def _run(A: torch.Tensor, bias: torch.Tensor | None, transposed: bool, weight: _
     return product if bias is None else product + bias
 
 
-def _save(ctx: Any, A: torch.Tensor, weight: _Weight, transposed: bool) -> None:
+def _save(ctx: Any, A: torch.Tensor, weight: WeightParts, transposed: bool) -> None:
     B, absmax, nested_code, nested_absmax, nested_blocksize, offset, *rest = weight
     tensors = (B, absmax, nested_code, nested_absmax, offset)
     ctx.save_for_backward(*tensors)
@@ -184,7 +152,7 @@ def _save(ctx: Any, A: torch.Tensor, weight: _Weight, transposed: bool) -> None:
     ctx.plain, ctx.transposed, ctx.dtype = (nested_blocksize, *rest), transposed, A.dtype
 
 
-def _saved(ctx: Any) -> _Weight:
+def _saved(ctx: Any) -> WeightParts:
     B, absmax, nested_code, nested_absmax, offset = ctx.saved_tensors
     nested_blocksize, *rest = ctx.plain
     return (B, absmax, nested_code, nested_absmax, nested_blocksize, offset, *rest)
