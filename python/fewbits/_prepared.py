@@ -181,7 +181,9 @@ def multiply(
 
 def matmul_4bit(A: Any, B: Any, state: QuantState, bias: torch.Tensor | None) -> torch.Tensor | None:
     """Return `multiply`'s result for a weight that nobody has prepared. Not for the compiler either."""
-    if is_observed() or (bias is not None and not isinstance(bias, _Tensor)):
+    if is_observed() or type(A) is not _Tensor or (A.requires_grad and _is_grad_enabled()):
+        return None
+    if bias is not None and not isinstance(bias, _Tensor):
         return None
     prepared = prepare(B, state)
     return None if prepared is None else multiply(prepared, B, state, A, bias)

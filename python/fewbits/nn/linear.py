@@ -7,8 +7,8 @@ import logging
 import torch
 from torch import nn
 
-from fewbits._prepared import multiply, prepare
-from fewbits.autograd import matmul_4bit
+from fewbits import _prepared
+from fewbits.autograd import multiply
 from fewbits.nn.module import Module4bit
 from fewbits.nn.params import Params4bit
 
@@ -110,7 +110,7 @@ class Linear4bit(Module4bit, nn.Linear):
                 and self.compute_type_is_set
                 and (compute_dtype is None or compute_dtype is x.dtype)
             ):
-                product = multiply(weight.prepared, weight, state, x, self._parameters["bias"])
+                product = _prepared.multiply(weight.prepared, weight, state, x, self._parameters["bias"])
                 if product is not None:
                     return product
         input_dtype = x.dtype
@@ -128,8 +128,8 @@ class Linear4bit(Module4bit, nn.Linear):
             x = x.to(self.compute_dtype)
         codes = self.weight if tracing else self.weight.data
         if not tracing and type(weight) is Params4bit and weight.prepared is None and weight.quant_state is state:
-            weight.prepared = prepare(codes, state)  # for the next call
-        return matmul_4bit(x, codes, state, bias=self.bias).to(input_dtype)
+            weight.prepared = _prepared.prepare(codes, state)  # for the next call
+        return multiply(x, codes, state, None, self.bias).to(input_dtype)
 
     def set_compute_type(self, x: torch.Tensor) -> None:
         """Take the dtype of a first input as the compute dtype, if products are accurate in it."""
