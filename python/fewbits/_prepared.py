@@ -165,7 +165,13 @@ def multiply(
             return None
         bias_address = bias.data_ptr()
     # Sizes one by one take half the time of a tuple.
-    if len(shape) == 2:
+    if len(shape) == 3:
+        batch, length, k = shape
+        m = batch * length
+        if k != prepared.k or not m:
+            return None
+        y = A.new_empty(batch, length, n)
+    elif len(shape) == 2:
         m, k = shape
         if k != prepared.k or not m:
             return None
