@@ -409,6 +409,22 @@ def test_out_counts_as_written(device: torch.device) -> None:
         loss.backward()
 
 
+@pytest.mark.parametrize("panel", [None, 4096])
+def test_out_may_be_the_input(panel: int | None, device: torch.device) -> None:
+    weight = Weight(96, 96, device)
+    x = randn(5, 96, device=device)
+    with pytest.MonkeyPatch.context() as patch:
+        if panel is not None:
+            patch.setattr(_panel, "PANEL_BYTES", {"cpu": panel, "cuda": panel})
+        expected = weight.times(x)
+        assert weight.times(x, out=x) is x
+        assert_same_bits(x, expected, "in place")
+        memory = randn(5 * 96 + 96, device=device)
+        expected = weight.times(memory[96:].view(5, 96))
+        weight.times(memory[96:].view(5, 96), out=memory[:-96].view(5, 96))
+        assert_same_bits(memory[:-96], expected, "shifted by a row")
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize("m", [1, 16, 128, 600])
 @pytest.mark.parametrize("nested", [False, True])

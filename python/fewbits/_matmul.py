@@ -42,7 +42,8 @@ def matmul_4bit(
     size = (*A.shape[:-1], n)
     if out is not None:
         check_buffer("out", out, A.dtype, prod(size), f"shape {size}", A)
-    result = target(out, size, A.dtype, A.device)
+    aliased = out is not None and any(_share_memory(out, other) for other in (A, bias))
+    result = target(None if aliased else out, size, A.dtype, A.device)
     if not result.numel():
         return deliver(result, out)
     if not k:
@@ -93,3 +94,7 @@ def matmul_4bit_grad(
     for first, count, panel in panels(weight, 1, dtype, device):
         torch.mm(g, panel, out=y.narrow(1, first, count))
     return result
+
+
+def _share_memory(tensor: torch.Tensor, other: torch.Tensor | None) -> bool:
+    return other is not None and tensor.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()

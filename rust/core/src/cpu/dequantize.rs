@@ -24,7 +24,7 @@ static DYNAMIC: LazyLock<[f32; 256]> = LazyLock::new(|| dynamic_map(true));
 /// The scale of a block.
 pub(super) enum Scales {
     Plain(*const f32),
-    Nested { codes: *const u8, code: Box<[f32; 256]>, absmax: *const f32, blocksize: usize, offset: f32 },
+    Nested { codes: *const u8, code: Box<[f32; 256]>, absmax: *const f32, log2_blocksize: u32, offset: f32 },
 }
 
 // SAFETY: the pointers are to memory that the caller lends for reading, from any thread, until the call is over.
@@ -41,7 +41,7 @@ impl Scales {
                 // SAFETY: the caller promises 256 float32 at `code` and one at `offset`.
                 code: Box::new(unsafe { code_values(code) }.unwrap_or(*DYNAMIC)),
                 absmax: absmax as *const f32,
-                blocksize,
+                log2_blocksize: blocksize.ilog2(),
                 // SAFETY: as above.
                 offset: unsafe { (offset as *const f32).read_unaligned() },
             },
@@ -54,9 +54,9 @@ impl Scales {
         unsafe {
             match self {
                 Self::Plain(absmax) => absmax.add(block).read_unaligned(),
-                Self::Nested { codes, code, absmax, blocksize, offset } => {
+                Self::Nested { codes, code, absmax, log2_blocksize, offset } => {
                     let value = code[usize::from(*codes.add(block))];
-                    value * absmax.add(block / blocksize).read_unaligned() + offset
+                    value * absmax.add(block >> log2_blocksize).read_unaligned() + offset
                 }
             }
         }
@@ -72,8 +72,8 @@ pub(super) struct Codes4<'a> {
     pub values: &'a [f32; 16],
     /// One a block.
     pub scales: &'a Scales,
-    /// Elements of a block.
-    pub blocksize: usize,
+    /// Elements of a block, a power of two: its logarithm, because a division takes longer than all else about a small block.
+    pub log2_blocksize: u32,
 }
 
 // SAFETY: the pointer is to memory that the caller lends for reading, from any thread, until the call is over.
@@ -88,16 +88,16 @@ impl Codes4<'_> {
     pub unsafe fn decode<T: Lookup>(&self, start: usize, end: usize, mut out: *mut T) {
         let mut i = start;
         while i < end {
-            let block = i / self.blocksize;
-            let stop = end.min((block + 1) * self.blocksize);
+            let block = i >> self.log2_blocksize;
+            let stop = end.min((block + 1) << self.log2_blocksize);
             // SAFETY: the block lies within the tensor, whose codes, scales and room for results the caller promised.
             unsafe {
                 let (scale, codes, count) = (self.scales.get(block), self.codes.add(i / 2), stop - i);
                 i = stop;
                 #[cfg(target_arch = "x86_64")]
                 if Path::chosen() == Path::Avx512
-                    && (stop - count) % 2 == 0
-                    && count % 32 == 0
+                    && (stop - count).is_multiple_of(2)
+                    && count.is_multiple_of(32)
                     && avx512::dequantize_block(codes, self.values, scale, out, count)
                 {
                     out = out.add(count);
@@ -127,8 +127,8 @@ struct Part4<'a, T> {
 
 #[inline(always)]
 unsafe fn blocks_4bit<T: Lookup>(part: &Part4<T>) {
-    let blocksize = part.codes.blocksize;
-    let (start, end) = (part.first * blocksize, part.n.min(part.last * blocksize));
+    let log2 = part.codes.log2_blocksize;
+    let (start, end) = (part.first << log2, part.n.min(part.last << log2));
     // SAFETY: the blocks lie within the tensor, by the caller's promise.
     unsafe { part.codes.decode(start, end, part.out.add(start)) };
 }
@@ -160,7 +160,8 @@ pub(crate) unsafe fn dequantize_4bit(
     unsafe {
         let scales = Scales::new(absmax);
         let values = quant_type.values();
-        let codes = Codes4 { codes: codes as *const u8, values, scales: &scales, blocksize: blocks.blocksize };
+        let codes =
+            Codes4 { codes: codes as *const u8, values, scales: &scales, log2_blocksize: blocks.blocksize.ilog2() };
         for_dtype!(blocks.dtype, T => typed::<T>(blocks, codes, out, threads))
     }
 }

@@ -81,7 +81,8 @@ pub(crate) unsafe fn dequantize(weight: Weight, panel: Panel, dtype: Dtype, out:
     unsafe {
         let scales = Scales::new(weight.absmax);
         let values = weight.quant_type.values();
-        let codes = Codes4 { codes: weight.codes as *const u8, values, scales: &scales, blocksize: weight.blocksize };
+        let log2_blocksize = weight.blocksize.ilog2();
+        let codes = Codes4 { codes: weight.codes as *const u8, values, scales: &scales, log2_blocksize };
         for_dtype!(dtype, T => typed::<T>(codes, weight, panel, out, threads))
     }
 }
