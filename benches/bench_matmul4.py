@@ -1,4 +1,4 @@
-"""Time of products with a 4-bit weight, over their floor, beside a bf16 ``F.linear`` and beside bitsandbytes.
+"""Time of products with a 4-bit weight, over their floor, beside ``F.linear`` on a dense weight, beside bitsandbytes.
 
     python benches/bench_matmul4.py --device cuda --vs bitsandbytes
     python benches/bench_matmul4.py --device cuda --shapes 4096x4096,8192x8192 --ms 1,16,512
@@ -118,7 +118,7 @@ def floor_us(work: Work, rates: Rates) -> float:
 LARGE, SMALL = 28672 * 8192, 4096 * 4096
 # Up to so many tokens: times the floor for large, middle and small weights.
 FLOOR_LIMITS = {1: (1.25, 1.6, 2.4), 8: (1.35, 1.7, 2.6), 16: (1.6, 1.9, 3.0), 64: (2.0, 2.3, 3.4)}
-# Up to so many tokens: times bf16's time.
+# Up to so many tokens: times the time of F.linear.
 DENSE_LIMITS = {128: (1 / 1.15, 1 / 1.1, 1.0), 512: (1.0, 1.0, 1.08), 1 << 30: (1.05, 1.05, 1.08)}
 BACKWARD_LIMITS = {512: 1.4, 4096: 1.08}
 
@@ -127,16 +127,16 @@ def aim(work: Work, row: Row) -> Row:
     """Hold a row of the main table, or of forward and gradient, against its target."""
     size = 0 if work.n * work.k >= LARGE else 2 if work.n * work.k <= SMALL else 1
     if work.backward:
-        return judge(row, "x_bf16", BACKWARD_LIMITS[work.m], "× bf16") if work.m in BACKWARD_LIMITS else row
+        return judge(row, "x_dense", BACKWARD_LIMITS[work.m], "× F.linear") if work.m in BACKWARD_LIMITS else row
     for most, limits in FLOOR_LIMITS.items():
         if work.m <= most:
             judge(row, "x_floor", limits[size], "× floor")
             if size == 0 and 8 < work.m <= 16:
-                row["target"] += " and ≤ 1/2.2 × bf16"
-                row["met"] = row["met"] and row["x_bf16"] <= 1 / 2.2
+                row["target"] += " and ≤ 1/2.2 × F.linear"
+                row["met"] = row["met"] and row["x_dense"] <= 1 / 2.2
             return row
     limit = next(limits[size] for most, limits in DENSE_LIMITS.items() if work.m <= most)
-    return judge(row, "x_bf16", round(limit, 3), "× bf16")
+    return judge(row, "x_dense", round(limit, 3), "× F.linear")
 
 
 # ---- CUDA ----------------------------------------------------------------------------------------------------------
@@ -197,7 +197,7 @@ def conclude(work: Work, floor: float, us: float | None, dense_us: float | None,
     assert us is not None
     assert dense_us is not None
     row: Row = {"work": work.label, "dtype": NAMES[work.dtype], "m": work.m, "floor_us": floor, "us": us}
-    row |= {"x_floor": us / floor, "bf16_us": dense_us, "x_bf16": us / dense_us, "bitsandbytes_us": peer_us}
+    row |= {"x_floor": us / floor, "dense_us": dense_us, "x_dense": us / dense_us, "bitsandbytes_us": peer_us}
     row["times_faster"] = peer_us / us if peer_us else None
     return row
 
@@ -258,9 +258,9 @@ def host_rows() -> Iterator[Row]:
             assert dense_us is not None
             peer_us = peer[0] if peer else None
             row: Row = {"work": f"host time of Linear4bit{', double' if nested else ''}", "dtype": "bf16", "m": 1}
-            row |= {"us": us, "bf16_us": dense_us, "x_bf16": us / dense_us, "bitsandbytes_us": peer_us}
+            row |= {"us": us, "dense_us": dense_us, "x_dense": us / dense_us, "bitsandbytes_us": peer_us}
             row["times_faster"] = peer_us / us if peer_us else None
-            yield judge(row, "x_bf16", 1.0, "× F.linear") if DEVICE.type == "cuda" else row
+            yield judge(row, "x_dense", 1.0, "× F.linear") if DEVICE.type == "cuda" else row
 
 
 def aim_cpu(work: Work, row: Row) -> Row:
@@ -287,7 +287,6 @@ def cpu_rows(rates: Rates) -> Iterator[Row]:
                 with torch.no_grad():
                     us, dense_us, *peer = medians([partial(wall_us, [call], 3) for call in sides], ROUNDS)
                 row = conclude(work, floor_us(work, rates), us, dense_us, peer[0] if peer else None)
-                row["dense_us"], row["x_dense"] = row.pop("bf16_us"), row.pop("x_bf16")
                 yield aim_cpu(work, row)
     if not ARGS.quick:
         yield from host_rows()

@@ -24,7 +24,6 @@ HEADINGS = {
     "bitsandbytes": "bitsandbytes",
     "floor_us": "floor µs",
     "x_floor": "× floor",
-    "bf16_us": "bf16 µs",
     "x_bf16": "× bf16",
     "dense_us": "F.linear µs",
     "x_dense": "× F.linear",
