@@ -208,6 +208,18 @@ def replace_offset(layer: Linear4bit) -> None:
         layer.quant_state.offset = layer.quant_state.offset * 2
 
 
+def replace_offset_data(layer: Linear4bit) -> None:
+    assert layer.quant_state is not None
+    if layer.quant_state.nested:
+        layer.quant_state.offset.data = layer.quant_state.offset * 2
+
+
+def replace_nested_absmax(layer: Linear4bit) -> None:
+    assert layer.quant_state is not None
+    if layer.quant_state.state2 is not None:
+        layer.quant_state.state2.absmax = layer.quant_state.state2.absmax * 2
+
+
 def replace_nested_state(layer: Linear4bit) -> None:
     assert layer.quant_state is not None
     if layer.quant_state.state2 is not None:
@@ -283,6 +295,8 @@ CHANGES: list[Callable[[Linear4bit], None]] = [
     replace_absmax,
     replace_absmax_data,
     replace_offset,
+    replace_offset_data,
+    replace_nested_absmax,
     replace_nested_state,
     replace_nested_code,
     own_nested_code,
@@ -306,9 +320,28 @@ def test_changes_are_noticed(change: Callable[[Linear4bit], None], nested: bool,
     change(layer)
     for _ in range(3):  # the first may prepare, the next ones use what was prepared
         torch.testing.assert_close(layer(x), expected(layer, x))
-    of_nested = {"replace_offset", "replace_nested_state", "replace_nested_code", "own_nested_code"}
+    of_nested = {
+        "replace_offset",
+        "replace_offset_data",
+        "replace_nested_absmax",
+        "replace_nested_state",
+        "replace_nested_code",
+        "own_nested_code",
+    }
     unchanged = {"nothing"} | (set() if nested else of_nested)
     assert torch.equal(layer(x), before) is (change.__name__ in unchanged), "the change changes nothing"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "match"),
+    [("shape", torch.Size((N - 1, K)), r"B.*1104.*1152"), ("blocksize", 32, r"absmax.*72.*36")],
+)
+def test_states_made_wrong_raise(name: str, value: Any, match: str, kernel: Kernel) -> None:
+    layer, x = make(bias=False), randn(2, K)
+    warm(layer, x, kernel)
+    setattr(layer.quant_state, name, value)
+    with pytest.raises(ValueError, match=match):
+        layer(x)
 
 
 def test_given_up_weights_are_freed() -> None:
@@ -369,7 +402,7 @@ def strided(x: torch.Tensor) -> torch.Tensor:
 
 
 def negated(x: torch.Tensor) -> torch.Tensor:
-    return torch.complex(torch.zeros_like(x), -x).conj().imag
+    return torch._neg_view(-x)
 
 
 INPUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -383,13 +416,16 @@ INPUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
+@pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("name", INPUTS)
-def test_unusual_inputs(name: str, kernel: Kernel) -> None:
-    layer, x = make(), randn(3, K)
+def test_unusual_inputs(name: str, bias: bool, kernel: Kernel) -> None:
+    layer, x = make(bias=bias), randn(3, K)
     warm(layer, x, kernel)
+    calls = kernel.calls
     given = INPUTS[name](x)
     with torch.set_grad_enabled(name == "requires grad"):
         y = layer(given)
+    assert kernel.calls == calls
     assert y.dtype == given.dtype
     assert y.requires_grad is (name == "requires grad")
     plain = given.detach().as_subclass(torch.Tensor)
@@ -465,6 +501,20 @@ def test_compute_dtype_may_change(kernel: Kernel) -> None:
     layer.compute_dtype = torch.bfloat16
     torch.testing.assert_close(layer(x), expected(layer, x.bfloat16()).float())
     warm(layer, x.bfloat16(), kernel)
+    layer.compute_dtype, layer.compute_type_is_set = None, False
+    layer(x)
+    assert layer.compute_dtype is torch.float32
+
+
+def test_inference_mode(kernel: Kernel) -> None:
+    layer, x = make(), randn(3, K)
+    warm(layer, x, kernel)
+    calls = kernel.calls
+    with torch.inference_mode():
+        y = layer(x)
+    assert kernel.calls == calls + 1
+    assert y.is_inference()
+    torch.testing.assert_close(y.clone(), expected(layer, x))
 
 
 def test_compiled_after_warm_up(kernel: Kernel) -> None:

@@ -53,7 +53,7 @@ class Prepared:
     def __init__(self, B: torch.Tensor, state: QuantState, native: _Native, ordinal: int) -> None:
         self.native, self.n, self.k = native, native[1], native[2]
         self.device, self.ordinal, self.base = B.device, ordinal, _storage_address(B)
-        self.state, self.absmax, self.absmax_address = state, state.absmax, state.absmax.data_ptr()
+        self.absmax, self.absmax_address = state.absmax, state.absmax.data_ptr()
         self.plain = (state.shape, state.blocksize, state.quant_type)
         self.nested = _nested_of(state, native[6]) if state.nested else None
 
@@ -122,8 +122,7 @@ def multiply(
     """
     absmax, (sizes, blocksize, quant_type), nested = prepared.absmax, prepared.plain, prepared.nested
     if not (
-        state is prepared.state
-        and state.absmax is absmax
+        state.absmax is absmax
         and absmax.data_ptr() == prepared.absmax_address
         and state.shape is sizes
         and state.blocksize is blocksize
