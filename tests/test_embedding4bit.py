@@ -270,14 +270,6 @@ def test_compiled(device: torch.device) -> None:
     torch._dynamo.reset()
 
 
-def test_fake_tensors() -> None:
-    table = make()
-    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
-        values = table(torch.zeros(2, 3, dtype=torch.int64))
-    assert values.shape == (2, 3, K)
-    assert isinstance(values, torch._subclasses.FakeTensor)
-
-
 @pytest.mark.cuda
 def test_capture_in_a_graph(cuda: torch.device) -> None:
     table = make(cuda, 1000, 4096, dtype=torch.bfloat16)

@@ -217,7 +217,13 @@ def fused(weight: Weight, x: torch.Tensor) -> torch.Tensor | None:
     n, _ = weight.state.shape  # type: ignore[misc]
     out = torch.full((x.shape[0], n), torch.nan, dtype=x.dtype, device=x.device)
     arguments = (x.data_ptr(), x.shape[0], _checks.DTYPES[x.dtype], *weight.bound().native, 0, out.data_ptr())
-    return out if _native.matmul_4bit(*arguments, *target_queue(x.device)) else None  # type: ignore[arg-type]
+    if not _native.matmul_4bit(*arguments, *target_queue(x.device)):  # type: ignore[arg-type]
+        return None
+    again = torch.full_like(out, torch.nan)
+    rest = (0, again.data_ptr(), *target_queue(x.device))
+    assert _native.Weight4bit(*weight.bound().native).matmul(*arguments[:3], *rest)  # type: ignore[arg-type]
+    assert_same_bits(again, out, "by Weight4bit")
+    return out
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -369,6 +375,38 @@ def test_memory_of_a_large_head(backward: bool, m: int, cuda: torch.device) -> N
         result = fewbits.matmul_4bit(x, codes, state)
     extra = torch.cuda.max_memory_allocated(cuda) - before - result.nbytes
     assert extra <= 64 << 20, f"{extra / 2**20:.1f} MB beside the result"
+
+
+# ---- the native functions -------------------------------------------------------------------------------------------
+
+# Places in (x, m, dtype, weight of ten numbers, bias, out, device, queue), and what is wrong there.
+NATIVE_ERRORS = [
+    ({0: 0}, "A: got a null address"),
+    ({2: 3}, "dtype: got 3"),
+    ({3: 0}, "B: got a null address"),
+    ({4: 2**40, 5: 2**40}, r"quant_state.shape: got \(1099511627776, 1099511627776\)"),
+    ({6: 48}, "blocksize: got 48"),
+    ({7: 2}, "quant_type: got 2"),
+    ({8: 0}, "absmax: got a null address"),
+    ({11: 48}, "nested_absmax: got a null address"),
+    ({14: 0}, "out: got a null address"),
+    ({15: -2}, "device: got -2"),
+]
+
+
+@pytest.mark.parametrize(("changes", "match"), NATIVE_ERRORS)
+def test_native_arguments(changes: dict[int, int], match: str) -> None:
+    """Both native ways refuse the same, before anything is written."""
+    weight = Weight(24, 96, torch.device("cpu"))
+    x, out = randn(2, 96), torch.full((2, 24), -7.0)
+    numbers = [x.data_ptr(), 2, 0, *weight.bound().native, 0, out.data_ptr(), -1, 1]
+    for place, value in changes.items():
+        numbers[place] = value
+    with pytest.raises(ValueError, match=f"^{match}"):
+        _native.matmul_4bit(*numbers)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=f"^{match}"):
+        _native.Weight4bit(*numbers[3:13]).matmul(*numbers[:3], *numbers[13:])  # type: ignore[arg-type]
+    assert bool((out == -7).all())
 
 
 # ---- callers of every kind ------------------------------------------------------------------------------------------

@@ -4,10 +4,11 @@
 `dtype`: 0 float32, 1 float16, 2 bfloat16. `quant_type`: 0 nf4, 1 fp4. An address of 0 means "absent".
 """
 
-from typing import Any
+from typing import Any, final
 
 __all__ = [
     "Error",
+    "Weight4bit",
     "__version__",
     "built_with_cuda",
     "codebook",
@@ -131,6 +132,24 @@ def dequantize_4bit_rows(
     device: int,
     queue: int,
 ) -> None: ...
+
+@final
+class Weight4bit:
+    def __new__(
+        cls,
+        codes: int,
+        n: int,
+        k: int,
+        blocksize: int,
+        quant_type: int,
+        absmax: int,
+        nested_code: int,
+        nested_absmax: int,
+        nested_blocksize: int,
+        offset: int,
+    ) -> Weight4bit: ...
+    def matmul(self, x: int, m: int, dtype: int, bias: int, out: int, device: int, queue: int) -> bool: ...
+
 def codebook(name: str) -> list[float]: ...
 def driver_info() -> dict[str, Any]: ...
 def cpu_info() -> dict[str, Any]: ...

@@ -21,7 +21,7 @@ from fewbits._launch import PLAIN_TYPES, is_observed
 from fewbits.quant_state import QuantState
 
 _Tensor, _float32 = torch.Tensor, torch.float32
-_is_grad_enabled, _get_num_threads, _matmul_4bit = torch.is_grad_enabled, torch.get_num_threads, _native.matmul_4bit
+_is_grad_enabled, _get_num_threads = torch.is_grad_enabled, torch.get_num_threads
 _dispatch_modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
 _transforms, _is_traced = torch._C._functorch.peek_interpreter_stack, torch._C._is_tracing
 _is_autocast_cuda = torch.is_autocast_enabled
@@ -42,16 +42,15 @@ class Prepared:
         "base",
         "device",
         "k",
+        "matmul",
         "n",
-        "native",
         "nested",
         "ordinal",
         "plain",
-        "state",
     )
 
     def __init__(self, B: torch.Tensor, state: QuantState, native: _Native, ordinal: int) -> None:
-        self.native, self.n, self.k = native, native[1], native[2]
+        self.matmul, self.n, self.k = _native.Weight4bit(*native).matmul, native[1], native[2]
         self.device, self.ordinal, self.base = B.device, ordinal, _storage_address(B)
         self.absmax, self.absmax_address = state.absmax, state.absmax.data_ptr()
         self.plain = (state.shape, state.blocksize, state.quant_type)
@@ -180,8 +179,7 @@ def multiply(
         if shape[-1:] != (prepared.k,) or not m:
             return None
         y = A.new_empty(*shape[:-1], n)
-    done = _matmul_4bit(A.data_ptr(), m, number, *prepared.native, bias_address, y.data_ptr(), ordinal, queue)
-    return y if done else None
+    return y if prepared.matmul(A.data_ptr(), m, number, bias_address, y.data_ptr(), ordinal, queue) else None
 
 
 def matmul_4bit(A: Any, B: Any, state: QuantState, bias: torch.Tensor | None) -> torch.Tensor | None:

@@ -182,6 +182,7 @@ class Params4bit(torch.nn.Parameter):
 
     @data.setter
     def data(self, value: torch.Tensor) -> None:
+        self.__dict__.pop("prepared", None)
         if isinstance(value, Params4bit):
             if self.requires_grad and not value.is_floating_point():
                 self.requires_grad_(False)
