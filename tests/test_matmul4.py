@@ -382,6 +382,7 @@ def test_memory_of_a_large_head(backward: bool, m: int, cuda: torch.device) -> N
 # Places in (x, m, dtype, weight of ten numbers, bias, out, device, queue), and what is wrong there.
 NATIVE_ERRORS = [
     ({0: 0}, "A: got a null address"),
+    ({1: 2**63}, "A: got 9223372036854775808 rows"),
     ({2: 3}, "dtype: got 3"),
     ({3: 0}, "B: got a null address"),
     ({4: 2**40, 5: 2**40}, r"quant_state.shape: got \(1099511627776, 1099511627776\)"),
