@@ -95,7 +95,8 @@ def main() -> None:
         "# Bench results",
         "",
         "Written by `python benches/report.py` from the files beside it; the benches write those. Floor: the bytes",
-        "that must move over the copy rate measured in the same run. Times hold for the machine named.",
+        "that must move over the copy rate measured in the same run, or for products the flops over the matmul rate,",
+        "whichever takes longer. Times hold for the machine named.",
         "",
     ]
     for path in files:

@@ -17,7 +17,6 @@ PANEL_BYTES = {"cuda": 64 << 20, "cpu": 2 << 20}
 # A panel's size is a multiple of this where it can be: matrix kernels work in such tiles, and vectors stay aligned.
 _TILE = 64
 
-
 _Native = tuple[int, int, int, int, int, int, int, int, int, int]
 
 
