@@ -117,6 +117,8 @@ bench: setup ## run the benches (DEVICE=cuda for the GPU) and render benches/res
 	$(PIP) install --group bench
 	$(PY) benches/bench_blockwise.py --device $(DEVICE)
 	$(PY) benches/bench_host.py --device $(DEVICE)
+	$(PY) benches/bench_matmul4.py --device $(DEVICE) --vs bitsandbytes
+	$(if $(filter cuda,$(DEVICE)),$(PY) benches/bench_llama.py)
 	$(PY) benches/report.py
 
 all: ## everything that CI runs

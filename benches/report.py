@@ -14,12 +14,19 @@ from common import RESULTS, cell
 HEADINGS = {
     "work": "work",
     "dtype": "dtype",
+    "m": "M",
     "elements": "elements",
     "blocksize": "block size",
     "memory": "memory",
     "us": "µs",
+    "value": "ours",
+    "bf16": "bf16",
+    "bitsandbytes": "bitsandbytes",
     "floor_us": "floor µs",
     "x_floor": "× floor",
+    "x_bf16": "× bf16",
+    "dense_us": "F.linear µs",
+    "x_dense": "× F.linear",
     "bitsandbytes_us": "bitsandbytes µs",
     "times_faster": "× faster",
     "ratio": "ratio",
@@ -39,7 +46,7 @@ def elements(n: int) -> str:
 
 def identity(row: dict[str, Any]) -> str:
     """What names a row: the work and its sizes."""
-    parts = [row["work"], row.get("dtype"), row.get("memory")]
+    parts = [row["work"], row.get("dtype"), f"M {row['m']}" if "m" in row else None, row.get("memory")]
     if "elements" in row:
         parts += [elements(row["elements"]), f"bs {row['blocksize']}"]
     return ", ".join(p for p in parts if p)
@@ -65,7 +72,11 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
 def section(path: Path, reasons: dict[str, str]) -> list[str]:
     content = json.loads(path.read_text())
     facts = dict(content["environment"])
-    facts |= {key: f"{value:.4g}" for key, value in content.items() if key not in ("environment", "rows")}
+    facts |= {
+        key: f"{value:.4g}" if isinstance(value, float) else value
+        for key, value in content.items()
+        if key not in ("environment", "rows")
+    }
     lines = [f"## {path.stem}", "", ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in facts.items() if v), ""]
     misses = [row for row in content["rows"] if row.get("met") is False]
     judged = [row for row in content["rows"] if row.get("met") is not None]
@@ -84,7 +95,8 @@ def main() -> None:
         "# Bench results",
         "",
         "Written by `python benches/report.py` from the files beside it; the benches write those. Floor: the bytes",
-        "that must move over the copy rate measured in the same run. Times hold for the machine named.",
+        "that must move over the copy rate measured in the same run, or for products the flops over the matmul rate,",
+        "whichever takes longer. Times hold for the machine named.",
         "",
     ]
     for path in files:

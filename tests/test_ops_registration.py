@@ -29,6 +29,14 @@ def arguments(name: str, device: torch.device | str = "cpu", n: int = 300, **kwa
     if name == "dequantize_blockwise":
         codes, absmax = ops.quantize_blockwise(x, code, blocksize)
         return codes, absmax, code, blocksize, dtype
+    if name in PRODUCTS or name == "dequantize_4bit_rows":
+        k = max(1, n // 10)
+        weight = product_weight(x, (n // k, k), blocksize, quant_type, storage, code)
+        if name == "dequantize_4bit_rows":
+            indices = torch.arange(n // k, dtype=torch.int32, device=device).flip(0)
+            return indices, *weight, dtype
+        A = x[: n // k * k].view((n // k, k) if name == "matmul_4bit" else (k, n // k))
+        return (A, *weight, A.new_ones(n // k)) if name == "matmul_4bit" else (A, *weight)
     if name == "dequantize_4bit":
         codes, absmax = ops.quantize_4bit(x, blocksize, quant_type, storage)
         return codes, absmax, blocksize, quant_type, [n], dtype
@@ -36,7 +44,26 @@ def arguments(name: str, device: torch.device | str = "cpu", n: int = 300, **kwa
     return codes, absmax, code, nested_absmax, 256, offset, blocksize, quant_type, [n], dtype
 
 
-ALL = ["quantize_4bit", "quantize_4bit_nested", "quantize_blockwise", *NAMES]
+def product_weight(
+    x: torch.Tensor,
+    shape: tuple[int, int],
+    blocksize: int,
+    quant_type: str,
+    storage: torch.dtype,
+    code: torch.Tensor | None,
+) -> tuple[Any, ...]:
+    """A weight in parts; with a code, nested."""
+    x = x[: shape[0] * shape[1]]
+    if code is None:
+        codes, absmax = ops.quantize_4bit(x, blocksize, quant_type, storage)
+        return codes, absmax, None, None, 0, None, blocksize, quant_type, list(shape)
+    codes, absmax, nested_absmax, offset = ops.quantize_4bit_nested(x, blocksize, quant_type, storage)
+    return codes, absmax, code, nested_absmax, 256, offset, blocksize, quant_type, list(shape)
+
+
+QUANTIZERS = ["quantize_4bit", "quantize_4bit_nested", "quantize_blockwise"]
+PRODUCTS = ["matmul_4bit", "matmul_4bit_grad"]
+ALL = [*QUANTIZERS, *NAMES, *PRODUCTS, "dequantize_4bit_rows"]
 
 
 def test_every_op_is_here() -> None:
@@ -56,6 +83,17 @@ def test_every_op_is_here() -> None:
 def test_opcheck(name: str, n: int, code: bool, storage: torch.dtype, device: torch.device) -> None:
     given = arguments(name, device, n, code=code, storage=storage)
     torch.library.opcheck(getattr(ops, name).default, given)
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+@pytest.mark.parametrize("code", [False, True])
+def test_opcheck_with_gradients(name: str, code: bool, device: torch.device) -> None:
+    given = [
+        value.requires_grad_() if isinstance(value, torch.Tensor) and value.shape[-1:] in [(30,), (10,)] else value
+        for value in arguments(name, device, code=code)
+    ]
+    assert given[0].requires_grad
+    torch.library.opcheck(getattr(ops, name).default, tuple(given))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -96,6 +134,26 @@ def test_out_variants(name: str, device: torch.device) -> None:
         getattr(ops, name).out(*given, out=torch.zeros(300, device=device).half())
 
 
+def product(
+    A: torch.Tensor,
+    codes: int = 75,
+    absmax: torch.Tensor | None = None,
+    nested: tuple[Any, ...] = (None, None, 0, None),
+    bias: torch.Tensor | None = None,
+    shape: list[int] | None = None,
+    op: Any = None,
+) -> object:
+    """A product with a weight of 5 × 30."""
+    B = torch.zeros(codes, dtype=torch.uint8, device=A.device)
+    absmax = torch.ones(3, device=A.device) if absmax is None else absmax
+    weight = (B, absmax, *nested, 64, "nf4", shape or [5, 30])
+    return ops.matmul_4bit(A, *weight, bias) if op is None else op(A, *weight)
+
+
+def rows(indices: torch.Tensor, *weight: Any) -> object:
+    return ops.dequantize_4bit_rows(indices, *weight, torch.float32)
+
+
 WRONG: list[tuple[str, Callable[[torch.Tensor], object]]] = [
     ("A.*int64", lambda x: ops.quantize_4bit(x.long(), 64, "nf4", torch.uint8)),
     ("blocksize.*48", lambda x: ops.quantize_4bit(x, 48, "nf4", torch.uint8)),
@@ -105,6 +163,16 @@ WRONG: list[tuple[str, Callable[[torch.Tensor], object]]] = [
     ("absmax.*1.*300", lambda x: ops.dequantize_4bit(x[:32].to(torch.uint8), x, 64, "nf4", [64], torch.float32)),
     ("dtype.*int32", lambda x: ops.dequantize_4bit(x[:32].to(torch.uint8), x[:1], 64, "nf4", [64], torch.int32)),
     ("A.*uint8", lambda x: ops.dequantize_blockwise(x, x[:5], None, 64, torch.float32)),
+    ("A.*last size of 30.*300", lambda x: product(x)),
+    ("B.*75.*74", lambda x: product(x[:30], codes=74)),
+    ("absmax.*floating.*int32", lambda x: product(x[:30], absmax=x[:3].int())),
+    ("offset.*None", lambda x: product(x[:30], nested=(None, x[:1], 256, None))),
+    ("absmax.*uint8.*float32", lambda x: product(x[:30], nested=(None, x[:1], 256, x[0]))),
+    ("bias.*5.*float32.*5.*float16", lambda x: product(x[:30], bias=x[:5].half())),
+    ("bias.*5.*4", lambda x: product(x[:30], bias=x[:4])),
+    ("shape.*N, K", lambda x: product(x[:30], shape=[150])),
+    ("indices.*int32 or torch.int64.*float32", lambda x: product(x[:5], op=rows)),
+    ("grad_output.*last size of 5.*30", lambda x: product(x[:30], op=ops.matmul_4bit_grad)),
 ]
 
 

@@ -104,16 +104,22 @@ def check_quantize_blockwise(A: torch.Tensor, code: torch.Tensor | None, blocksi
 def check_dequantize_4bit(
     A: torch.Tensor, absmax: torch.Tensor, blocksize: int, quant_type: str, shape: Sequence[int], dtype: torch.dtype
 ) -> None:
-    check_tensor("A", A)
+    check_codes_4bit("A", A, absmax, blocksize, quant_type, shape)
+    check_dtype("dtype", dtype)
+
+
+def check_codes_4bit(
+    name: str, A: torch.Tensor, absmax: torch.Tensor, blocksize: int, quant_type: str, shape: Sequence[int]
+) -> None:
+    check_tensor(name, A)
     check_tensor("absmax", absmax)
     check_blocksize(blocksize)
     check_quant_type(quant_type)
-    check_dtype("dtype", dtype)
-    check_same_device("A", A, "absmax", absmax)
+    check_same_device(name, A, "absmax", absmax)
     n = prod(shape)
     count = storage_count(n, A.dtype)
     if A.numel() != count:
-        check_count("A", A, count, f"{n} codes, two a byte, in {A.dtype}")
+        check_count(name, A, count, f"{n} codes, two a byte, in {A.dtype}")
     blocks = block_count(n, blocksize)
     if absmax.numel() != blocks:
         check_count("absmax", absmax, blocks, f"{n} elements in blocks of {blocksize}")
@@ -141,6 +147,84 @@ def check_nested(
     if nested_code is not None:
         check_code("nested_code", nested_code)
         check_same_device("A", A, "nested_code", nested_code)
+
+
+def check_weight_4bit(
+    B: torch.Tensor,
+    absmax: torch.Tensor,
+    nested_code: torch.Tensor | None,
+    nested_absmax: torch.Tensor | None,
+    nested_blocksize: int,
+    offset: torch.Tensor | None,
+    blocksize: int,
+    quant_type: str,
+    shape: Sequence[int],
+) -> None:
+    """Raise unless these are the codes and the scales of a matrix of `shape`."""
+    if len(shape) != 2:
+        raise ValueError(f"shape: expected two sizes (N, K), got {tuple(shape)}")
+    check_codes_4bit("B", B, absmax, blocksize, quant_type, shape)
+    if nested_absmax is None:
+        check_absmax("absmax", absmax)
+    elif offset is None:
+        raise ValueError("offset: expected a tensor beside nested_absmax, got None")
+    else:
+        check_nested(B, absmax, nested_code, nested_absmax, nested_blocksize, offset)
+
+
+def check_matmul_4bit(
+    name: str,
+    A: torch.Tensor,
+    dim: int,
+    B: torch.Tensor,
+    absmax: torch.Tensor,
+    nested_code: torch.Tensor | None,
+    nested_absmax: torch.Tensor | None,
+    nested_blocksize: int,
+    offset: torch.Tensor | None,
+    blocksize: int,
+    quant_type: str,
+    shape: Sequence[int],
+    bias: torch.Tensor | None,
+) -> None:
+    """Raise unless the last size of `A` fits size `dim` of the weight, and the bias the other one."""
+    check_tensor(name, A)
+    if not A.is_floating_point():
+        raise ValueError(f"{name}: expected a floating-point dtype, got {A.dtype}")
+    check_same_device(name, A, "B", B)
+    check_weight_4bit(B, absmax, nested_code, nested_absmax, nested_blocksize, offset, blocksize, quant_type, shape)
+    if A.dim() == 0 or A.shape[-1] != shape[dim]:
+        raise ValueError(
+            f"{name}: expected a last size of {shape[dim]} for a weight of {tuple(shape)}, got {tuple(A.shape)}"
+        )
+    if bias is not None:
+        check_tensor("bias", bias)
+        check_same_device(name, A, "bias", bias)
+        if bias.shape != (shape[0],) or bias.dtype != A.dtype:
+            raise ValueError(
+                f"bias: expected shape ({shape[0]},) of {A.dtype}, got {tuple(bias.shape)} of {bias.dtype}"
+            )
+
+
+def check_rows(
+    indices: torch.Tensor,
+    B: torch.Tensor,
+    absmax: torch.Tensor,
+    nested_code: torch.Tensor | None,
+    nested_absmax: torch.Tensor | None,
+    nested_blocksize: int,
+    offset: torch.Tensor | None,
+    blocksize: int,
+    quant_type: str,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+) -> None:
+    check_tensor("indices", indices)
+    if indices.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"indices: expected torch.int32 or torch.int64, got {indices.dtype}")
+    check_dtype("dtype", dtype)
+    check_same_device("indices", indices, "B", B)
+    check_weight_4bit(B, absmax, nested_code, nested_absmax, nested_blocksize, offset, blocksize, quant_type, shape)
 
 
 def check_absmax(name: str, absmax: torch.Tensor) -> None:

@@ -33,7 +33,7 @@ def quantize_4bit(
     if number is None or dtype is None or quant_storage is not _uint8 or blocksize not in BLOCKSIZES:
         return None
     n = A.numel()
-    target = _target(A)
+    target = target_of(A)
     if target is None or n == 0 or not A.is_contiguous() or A.is_neg():
         return None
     codes = _empty(A, ((n + 1) // 2, 1), _uint8)
@@ -55,21 +55,21 @@ def dequantize_4bit(
         return None
     n: int = shape.numel()
     blocks = (n + blocksize - 1) // blocksize
-    target = _target(A)
+    target = target_of(A)
     if target is None or n == 0 or A.numel() != (n + 1) // 2 or not A.is_contiguous():
         return None
     ordinal, queue = target
-    if out is not None and not (type(out) is _Tensor and out.shape == shape and _fits(out, dtype, n, ordinal)):
+    if out is not None and not (type(out) is _Tensor and out.shape == shape and fits(out, dtype, n, ordinal)):
         return None
     if not state.nested:
-        if not _fits(absmax, _float32, blocks, ordinal):
+        if not fits(absmax, _float32, blocks, ordinal):
             return None
         values: torch.Tensor = _empty(A, shape, dtype) if out is None else out
         _native.dequantize_4bit(
             A.data_ptr(), n, blocksize, number, absmax.data_ptr(), values.data_ptr(), dtype_number, ordinal, queue
         )
     else:
-        nested = _nested(state, blocks, ordinal)
+        nested = nested_addresses(state, blocks, ordinal)
         if nested is None:
             return None
         values = _empty(A, shape, dtype) if out is None else out
@@ -87,7 +87,7 @@ def quantize_blockwise(A: Any, code: torch.Tensor | None, blocksize: Any) -> tup
         return None
     if code is not None and (type(code) is not _Tensor or not is_default_map(code)):
         return None
-    n, dtype, target = A.numel(), DTYPES.get(A.dtype), _target(A)
+    n, dtype, target = A.numel(), DTYPES.get(A.dtype), target_of(A)
     if dtype is None or target is None or n == 0 or not A.is_contiguous() or A.is_neg():
         return None
     codes = _empty(A, A.shape, _uint8)
@@ -105,13 +105,13 @@ def dequantize_blockwise(A: Any, state: QuantState, out: torch.Tensor | None) ->
     if dtype is None or type(code) is not _Tensor or blocksize not in BLOCKSIZES or A.dtype is not _uint8:
         return None
     assert blocksize is not None
-    n, target = A.numel(), _target(A)
+    n, target = A.numel(), target_of(A)
     if target is None or n == 0 or not A.is_contiguous():
         return None
     ordinal, queue = target
-    if not _fits(absmax, _float32, (n + blocksize - 1) // blocksize, ordinal):
+    if not fits(absmax, _float32, (n + blocksize - 1) // blocksize, ordinal):
         return None
-    if out is not None and not (type(out) is _Tensor and out.shape == A.shape and _fits(out, state.dtype, n, ordinal)):
+    if out is not None and not (type(out) is _Tensor and out.shape == A.shape and fits(out, state.dtype, n, ordinal)):
         return None
     address = _code_address(code, ordinal)
     if address is None:
@@ -125,7 +125,7 @@ def dequantize_blockwise(A: Any, state: QuantState, out: torch.Tensor | None) ->
     return values
 
 
-def _nested(state: QuantState, blocks: int, ordinal: int) -> tuple[int, int, int, int, int] | None:
+def nested_addresses(state: QuantState, blocks: int, ordinal: int) -> tuple[int, int, int, int, int] | None:
     """Return what the kernel reads of a nested state: absmax codes, code, nested absmax, its block size, offset."""
     absmax, offset, state2 = state.absmax, state.offset, state.state2
     if state2 is None:
@@ -137,9 +137,9 @@ def _nested(state: QuantState, blocks: int, ordinal: int) -> tuple[int, int, int
         and type(maxima) is _Tensor
         and type(code) is _Tensor
         and blocksize in BLOCKSIZES
-        and _fits(absmax, _uint8, blocks, ordinal)
-        and _fits(offset, _float32, 1, ordinal)
-        and _fits(maxima, _float32, (blocks + blocksize - 1) // blocksize, ordinal)
+        and fits(absmax, _uint8, blocks, ordinal)
+        and fits(offset, _float32, 1, ordinal)
+        and fits(maxima, _float32, (blocks + blocksize - 1) // blocksize, ordinal)
     ):
         return None
     address = _code_address(code, ordinal)
@@ -152,7 +152,7 @@ def _code_address(code: torch.Tensor, ordinal: int) -> int | None:
     """Return where a kernel reads a code, 0 for the one it knows, or None if it cannot."""
     if is_default_map(code):
         return 0
-    return code.data_ptr() if _fits(code, _float32, 256, ordinal) else None
+    return code.data_ptr() if fits(code, _float32, 256, ordinal) else None
 
 
 def _empty(A: torch.Tensor, shape: Sequence[int], dtype: torch.dtype | None) -> torch.Tensor:
@@ -163,7 +163,7 @@ def _empty(A: torch.Tensor, shape: Sequence[int], dtype: torch.dtype | None) -> 
     return A.new_empty(shape, dtype=dtype)
 
 
-def _target(A: torch.Tensor) -> tuple[int, int] | None:
+def target_of(A: torch.Tensor) -> tuple[int, int] | None:
     """Return the native device and queue of a dense tensor."""
     if A.layout is not _strided:
         return None
@@ -173,7 +173,7 @@ def _target(A: torch.Tensor) -> tuple[int, int] | None:
     return (-1, _get_num_threads()) if A.is_cpu else None
 
 
-def _fits(tensor: torch.Tensor, dtype: torch.dtype | None, count: int, ordinal: int) -> bool:
+def fits(tensor: torch.Tensor, dtype: torch.dtype | None, count: int, ordinal: int) -> bool:
     """Return whether a kernel on the device `ordinal` can use a tensor as it is."""
     return (
         tensor.dtype is dtype

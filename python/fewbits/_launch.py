@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from math import prod
 
 import torch
+from torch.autograd import forward_ad
 from torch.utils._device import DeviceContext
 
 from fewbits import _native
@@ -47,6 +48,11 @@ def is_observed() -> bool:
     return bool(_is_compiling() or _dispatch_modes() or _function_modes() or _transforms() is not None or _is_traced())
 
 
+def is_transformed() -> bool:
+    """Return whether functorch transforms, or forward-mode derivatives are taken, now."""
+    return bool(_transforms() is not None or forward_ad._current_level >= 0)
+
+
 def _only_default_device() -> bool:
     """Return whether the one observer is what ``torch.set_default_device`` leaves, which concerns factories only."""
     return (
@@ -72,7 +78,7 @@ def is_direct(*tensors: torch.Tensor | None) -> bool:
 # ---- memory --------------------------------------------------------------------------------------------------------
 
 
-def _dense(tensor: torch.Tensor) -> torch.Tensor:
+def dense(tensor: torch.Tensor) -> torch.Tensor:
     """Return the tensor with its elements in memory order and as they read (lazy negation carried out)."""
     if tensor.is_neg():
         tensor = tensor.resolve_neg()
@@ -81,19 +87,17 @@ def _dense(tensor: torch.Tensor) -> torch.Tensor:
 
 def as_float32(tensor: torch.Tensor) -> torch.Tensor:
     """Return block maxima, tables and offsets as the kernels read them."""
-    return _dense(tensor if tensor.dtype == torch.float32 else tensor.to(torch.float32))
+    return dense(tensor if tensor.dtype == torch.float32 else tensor.to(torch.float32))
 
 
-def _target(
-    buffer: torch.Tensor | None, shape: Sequence[int], dtype: torch.dtype, device: torch.device
-) -> torch.Tensor:
+def target(buffer: torch.Tensor | None, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Return where a kernel writes: the caller's buffer, or new memory where there is none or it has gaps."""
     if buffer is not None and buffer.is_contiguous() and not buffer.is_neg():
         return buffer
     return torch.empty(shape, dtype=dtype, device=device)
 
 
-def _deliver(result: torch.Tensor, buffer: torch.Tensor | None) -> torch.Tensor:
+def deliver(result: torch.Tensor, buffer: torch.Tensor | None) -> torch.Tensor:
     if buffer is None:
         return result
     if result is not buffer:
@@ -103,7 +107,7 @@ def _deliver(result: torch.Tensor, buffer: torch.Tensor | None) -> torch.Tensor:
     return buffer
 
 
-def _queue(device: torch.device) -> tuple[int, int]:
+def target_queue(device: torch.device) -> tuple[int, int]:
     """Return a device as native code names it, and where its work goes: a CUDA stream, or a number of threads."""
     if device.type == "cuda":
         index = device.index
@@ -115,14 +119,14 @@ def codes_target(
     n: int, quant_type: str, quant_storage: torch.dtype, device: torch.device, out: torch.Tensor | None
 ) -> torch.Tensor:
     count = storage_count(n, quant_storage)
-    codes = _target(out, (count, 1), quant_storage, device)
+    codes = target(out, (count, 1), quant_storage, device)
     used, size = (n + 1) // 2, count * quant_storage.itemsize
     if size > used:
         codes.view(-1).view(torch.uint8)[used:].fill_(_PAD_BYTES[quant_type])
     return codes
 
 
-def _code_address(code: torch.Tensor | None) -> tuple[int, torch.Tensor | None]:
+def code_address(code: torch.Tensor | None) -> tuple[int, torch.Tensor | None]:
     """Return the address of a code (0 for the signed dynamic map) and the tensor that must outlive the call."""
     if code is None or is_default_map(code):
         return 0, None
@@ -149,11 +153,11 @@ def quantize_4bit(
         check_buffer("out", out, quant_storage, storage_count(n, quant_storage), f"{n} codes, two a byte", A)
     if absmax is not None:
         check_buffer("absmax", absmax, torch.float32, blocks, f"{n} elements in blocks of {blocksize}", A)
-    x = _dense(A)
+    x = dense(A)
     codes = codes_target(n, quant_type, quant_storage, device, out)
-    maxima = _target(absmax, (blocks,), torch.float32, device)
+    maxima = target(absmax, (blocks,), torch.float32, device)
     if n:
-        ordinal, queue = _queue(device)
+        ordinal, queue = target_queue(device)
         _native.quantize_4bit(
             x.data_ptr(),
             n,
@@ -165,7 +169,7 @@ def quantize_4bit(
             ordinal,
             queue,
         )
-    return _deliver(codes, out), _deliver(maxima, absmax)
+    return deliver(codes, out), deliver(maxima, absmax)
 
 
 def quantize_4bit_nested(
@@ -177,16 +181,16 @@ def quantize_4bit_nested(
     if out is not None:
         check_buffer("out", out, quant_storage, storage_count(n, quant_storage), f"{n} codes, two a byte", A)
     blocks = block_count(n, blocksize)
-    x = _dense(A)
+    x = dense(A)
     codes = codes_target(n, quant_type, quant_storage, device, out)
     absmax_codes = torch.empty((blocks,), dtype=torch.uint8, device=device)
     nested_absmax = torch.empty((block_count(blocks, NESTED_BLOCKSIZE),), dtype=torch.float32, device=device)
     if not n:
-        return _deliver(codes, out), absmax_codes, nested_absmax, torch.zeros((), dtype=torch.float32, device=device)
+        return deliver(codes, out), absmax_codes, nested_absmax, torch.zeros((), dtype=torch.float32, device=device)
     offset = torch.empty((), dtype=torch.float32, device=device)
     size = _native.nested_workspace_size(n, blocksize)
     workspace = torch.empty((size,), dtype=torch.uint8, device=device)
-    ordinal, queue = _queue(device)
+    ordinal, queue = target_queue(device)
     _native.quantize_4bit_nested(
         x.data_ptr(),
         n,
@@ -201,7 +205,7 @@ def quantize_4bit_nested(
         ordinal,
         queue,
     )
-    return _deliver(codes, out), absmax_codes, nested_absmax, offset
+    return deliver(codes, out), absmax_codes, nested_absmax, offset
 
 
 def dequantize_4bit(
@@ -219,10 +223,10 @@ def dequantize_4bit(
     n, device = prod(shape), A.device
     if out is not None:
         check_buffer("out", out, dtype, n, f"shape {tuple(shape)}", A)
-    packed, maxima = _dense(A), as_float32(absmax)
-    values = _target(out, shape, dtype, device)
+    packed, maxima = dense(A), as_float32(absmax)
+    values = target(out, shape, dtype, device)
     if n:
-        ordinal, queue = _queue(device)
+        ordinal, queue = target_queue(device)
         _native.dequantize_4bit(
             packed.data_ptr(),
             n,
@@ -234,7 +238,7 @@ def dequantize_4bit(
             ordinal,
             queue,
         )
-    return _deliver(values, out)
+    return deliver(values, out)
 
 
 def dequantize_4bit_nested(
@@ -256,19 +260,19 @@ def dequantize_4bit_nested(
     n, device = prod(shape), A.device
     if out is not None:
         check_buffer("out", out, dtype, n, f"shape {tuple(shape)}", A)
-    packed, absmax_codes = _dense(A), _dense(absmax)
-    code_address, _code = _code_address(nested_code)
+    packed, absmax_codes = dense(A), dense(absmax)
+    address, _code = code_address(nested_code)
     maxima, mean = as_float32(nested_absmax), as_float32(offset)
-    values = _target(out, shape, dtype, device)
+    values = target(out, shape, dtype, device)
     if n:
-        ordinal, queue = _queue(device)
+        ordinal, queue = target_queue(device)
         _native.dequantize_4bit_nested(
             packed.data_ptr(),
             n,
             blocksize,
             QUANT_TYPES[quant_type],
             absmax_codes.data_ptr(),
-            code_address,
+            address,
             maxima.data_ptr(),
             nested_blocksize,
             mean.data_ptr(),
@@ -277,7 +281,7 @@ def dequantize_4bit_nested(
             ordinal,
             queue,
         )
-    return _deliver(values, out)
+    return deliver(values, out)
 
 
 def quantize_blockwise(
@@ -295,24 +299,24 @@ def quantize_blockwise(
         check_buffer("out", out, torch.uint8, n, "one code an element", A)
     if absmax is not None:
         check_buffer("absmax", absmax, torch.float32, blocks, f"{n} elements in blocks of {blocksize}", A)
-    x = _dense(A)
-    code_address, _code = _code_address(code)
-    codes = _target(out, A.shape, torch.uint8, device)
-    maxima = _target(absmax, (blocks,), torch.float32, device)
+    x = dense(A)
+    address, _code = code_address(code)
+    codes = target(out, A.shape, torch.uint8, device)
+    maxima = target(absmax, (blocks,), torch.float32, device)
     if n:
-        ordinal, queue = _queue(device)
+        ordinal, queue = target_queue(device)
         _native.quantize_blockwise(
             x.data_ptr(),
             n,
             DTYPES[A.dtype],
             blocksize,
-            code_address,
+            address,
             codes.data_ptr(),
             maxima.data_ptr(),
             ordinal,
             queue,
         )
-    return _deliver(codes, out), _deliver(maxima, absmax)
+    return deliver(codes, out), deliver(maxima, absmax)
 
 
 def dequantize_blockwise(
@@ -328,20 +332,20 @@ def dequantize_blockwise(
     n, device = A.numel(), A.device
     if out is not None:
         check_buffer("out", out, dtype, n, "one value a code", A)
-    packed, maxima = _dense(A), as_float32(absmax)
-    code_address, _code = _code_address(code)
-    values = _target(out, A.shape, dtype, device)
+    packed, maxima = dense(A), as_float32(absmax)
+    address, _code = code_address(code)
+    values = target(out, A.shape, dtype, device)
     if n:
-        ordinal, queue = _queue(device)
+        ordinal, queue = target_queue(device)
         _native.dequantize_blockwise(
             packed.data_ptr(),
             n,
             blocksize,
-            code_address,
+            address,
             maxima.data_ptr(),
             values.data_ptr(),
             DTYPES[dtype],
             ordinal,
             queue,
         )
-    return _deliver(values, out)
+    return deliver(values, out)

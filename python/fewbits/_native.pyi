@@ -4,16 +4,19 @@
 `dtype`: 0 float32, 1 float16, 2 bfloat16. `quant_type`: 0 nf4, 1 fp4. An address of 0 means "absent".
 """
 
-from typing import Any
+from typing import Any, final
 
 __all__ = [
     "Error",
+    "Weight4bit",
     "__version__",
     "built_with_cuda",
     "codebook",
     "cpu_info",
     "dequantize_4bit",
     "dequantize_4bit_nested",
+    "dequantize_4bit_panel",
+    "dequantize_4bit_rows",
     "dequantize_blockwise",
     "driver_info",
     "images",
@@ -90,6 +93,63 @@ def matmul_4bit(
     device: int,
     queue: int,
 ) -> bool: ...
+def dequantize_4bit_panel(
+    codes: int,
+    n: int,
+    k: int,
+    blocksize: int,
+    quant_type: int,
+    absmax: int,
+    nested_code: int,
+    nested_absmax: int,
+    nested_blocksize: int,
+    offset: int,
+    first_row: int,
+    rows: int,
+    first_column: int,
+    columns: int,
+    out: int,
+    dtype: int,
+    device: int,
+    queue: int,
+) -> None: ...
+def dequantize_4bit_rows(
+    codes: int,
+    n: int,
+    k: int,
+    blocksize: int,
+    quant_type: int,
+    absmax: int,
+    nested_code: int,
+    nested_absmax: int,
+    nested_blocksize: int,
+    offset: int,
+    indices: int,
+    wide: bool,
+    count: int,
+    out: int,
+    dtype: int,
+    device: int,
+    queue: int,
+) -> None: ...
+
+@final
+class Weight4bit:
+    def __new__(
+        cls,
+        codes: int,
+        n: int,
+        k: int,
+        blocksize: int,
+        quant_type: int,
+        absmax: int,
+        nested_code: int,
+        nested_absmax: int,
+        nested_blocksize: int,
+        offset: int,
+    ) -> Weight4bit: ...
+    def matmul(self, x: int, m: int, dtype: int, bias: int, out: int, device: int, queue: int) -> bool: ...
+
 def codebook(name: str) -> list[float]: ...
 def driver_info() -> dict[str, Any]: ...
 def cpu_info() -> dict[str, Any]: ...

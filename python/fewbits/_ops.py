@@ -13,7 +13,7 @@ import torch
 
 from fewbits import _checks, _launch
 
-_library = torch.library.Library("fewbits", "DEF")
+library = torch.library.Library("fewbits", "DEF")
 
 _DEQUANTIZE_4BIT = "Tensor A, Tensor absmax, int blocksize, str quant_type, SymInt[] shape, ScalarType dtype"
 _DEQUANTIZE_4BIT_NESTED = (
@@ -23,11 +23,11 @@ _DEQUANTIZE_4BIT_NESTED = (
 _DEQUANTIZE_BLOCKWISE = "Tensor A, Tensor absmax, Tensor? code, int blocksize, ScalarType dtype"
 
 
-def _register(name: str, schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+def register(name: str, schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     for key in ("CPU", "CUDA"):
-        _library.impl(name, kernel, key)
-    torch.library.register_fake(f"fewbits::{name}", fake, lib=_library)
+        library.impl(name, kernel, key)
+    torch.library.register_fake(f"fewbits::{name}", fake, lib=library)
 
 
 def _register_with_out(
@@ -40,8 +40,8 @@ def _register_with_out(
         values = fake(*args)
         _checks.check_buffer("out", out, values.dtype, values.numel(), f"shape {tuple(values.shape)}", args[0])
 
-    _register(name, f"({arguments}) -> Tensor", kernel, fake)
-    _register(f"{name}.out", f"({arguments}, *, Tensor(a!) out) -> ()", out_kernel, out_fake)
+    register(name, f"({arguments}) -> Tensor", kernel, fake)
+    register(f"{name}.out", f"({arguments}, *, Tensor(a!) out) -> ()", out_kernel, out_fake)
 
 
 def _fake_quantize_4bit(
@@ -106,13 +106,13 @@ def _fake_dequantize_blockwise(
     return A.new_empty(A.shape, dtype=dtype)
 
 
-_register(
+register(
     "quantize_4bit",
     "(Tensor A, int blocksize, str quant_type, ScalarType quant_storage) -> (Tensor, Tensor)",
     _launch.quantize_4bit,
     _fake_quantize_4bit,
 )
-_register(
+register(
     "quantize_4bit_nested",
     "(Tensor A, int blocksize, str quant_type, ScalarType quant_storage) -> (Tensor, Tensor, Tensor, Tensor)",
     _launch.quantize_4bit_nested,
@@ -122,7 +122,7 @@ _register_with_out("dequantize_4bit", _DEQUANTIZE_4BIT, _launch.dequantize_4bit,
 _register_with_out(
     "dequantize_4bit_nested", _DEQUANTIZE_4BIT_NESTED, _launch.dequantize_4bit_nested, _fake_dequantize_4bit_nested
 )
-_register(
+register(
     "quantize_blockwise",
     "(Tensor A, Tensor? code, int blocksize) -> (Tensor, Tensor)",
     _launch.quantize_blockwise,

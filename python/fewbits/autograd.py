@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch.utils._pytree import tree_leaves
 
-from fewbits import _checks
-from fewbits.functional import check_state, dequantize_as
+from fewbits import _checks, _launch, _matmul, _prepared
+from fewbits._product import product
+from fewbits._states import check_state, weight_parts, weight_tensors
 from fewbits.quant_state import QuantState
 
 __all__ = ["matmul_4bit"]
@@ -25,8 +23,8 @@ def matmul_4bit(
 ) -> torch.Tensor:
     """Return ``A @ W.T + bias`` for a weight `W` held in 4 bits.
 
-    The weight is dequantized to the dtype of `A` for the product, and again for the gradient of `A`: nothing of its
-    full size is kept in between. It has no gradient itself.
+    The weight is decoded as it is multiplied, or in panels of bounded size, forward and for the gradient of `A`: a
+    full-size copy of it never exists. It has no gradient itself.
 
     Parameters
     ----------
@@ -59,6 +57,17 @@ def matmul_4bit(
     >>> matmul_4bit(torch.ones(1, 32), codes.t(), state).tolist()
     [[32.0, 32.0]]
     """
+    if out is None and type(quant_state) is QuantState and not torch.compiler.is_compiling():
+        done = _prepared.matmul_4bit(A, B, quant_state, bias)
+        if done is not None:
+            return done
+    return multiply(A, B, quant_state, out, bias)
+
+
+def multiply(
+    A: torch.Tensor, B: torch.Tensor, quant_state: QuantState, out: torch.Tensor | None, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """Return `matmul_4bit`'s result after a look at everything: for calls that are not the ordinary one."""
     if quant_state is None:
         raise ValueError("quant_state: expected the state of B, got None")
     state = check_state(quant_state)
@@ -67,14 +76,14 @@ def matmul_4bit(
         A = A.to(torch.get_autocast_dtype(A.device.type))
     if bias is not None:
         bias = bias.to(A.dtype)
+    weight = weight_parts(B, state)
+    if out is None:
+        return product(A, bias, transposed, weight)
     differentiable = torch.is_grad_enabled() and (A.requires_grad or (bias is not None and bias.requires_grad))
-    if out is not None:
-        _check_out(out, A, state.shape[1 if transposed else 0] if state.shape is not None else 0, differentiable)
-    if differentiable:
-        product: torch.Tensor = _MatMul4Bit.apply(A, bias, transposed, B, *_parts(state))
-    else:
-        product = F.linear(A, _weight(B, state, A.dtype, transposed), bias)
-    return product if out is None else out.copy_(product)
+    _check_out(out, A, weight[-1][1 if transposed else 0], differentiable)
+    if not transposed and _launch.is_direct(A, bias, out, *weight_tensors(weight)):
+        return _matmul.matmul_4bit(A, *weight, bias, out)
+    return out.copy_(product(A, bias, transposed, weight))
 
 
 def _check_product(A: torch.Tensor, B: torch.Tensor, state: QuantState, bias: torch.Tensor | None) -> bool:
@@ -95,7 +104,7 @@ def _check_product(A: torch.Tensor, B: torch.Tensor, state: QuantState, bias: to
         warnings.warn(
             f"matmul_4bit: quant_state.shape {tuple(shape)} is (K, N); quantize the weight as (N, K)",
             DeprecationWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
     if bias is not None:
         _checks.check_tensor("bias", bias)
@@ -114,73 +123,3 @@ def _check_out(out: torch.Tensor, A: torch.Tensor, rows: int, differentiable: bo
         raise ValueError(f"out: expected shape {shape} of {A.dtype}, got {tuple(out.shape)} of {out.dtype}")
     if differentiable:
         raise ValueError("out: expected None where a gradient is asked for, got a tensor")
-
-
-def _weight(B: torch.Tensor, state: QuantState, dtype: torch.dtype, transposed: bool) -> torch.Tensor:
-    if dtype in _checks.DTYPES:
-        weight = dequantize_as(B, state, dtype)
-    else:
-        weight = dequantize_as(B, state, torch.float32).to(dtype)
-    return weight.t() if transposed else weight
-
-
-# What autograd (and torch.compile's view of it) must see are tensors and plain values, so a state travels in parts.
-_Parts = tuple[
-    torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, int | None, Any, int | None, str | None
-]
-
-
-def _parts(state: QuantState) -> _Parts:
-    state2 = state.state2 if state.nested else None
-    nested = (
-        (None, None, None, None) if state2 is None else (state.offset, state2.absmax, state2.code, state2.blocksize)
-    )
-    return (state.absmax, *nested, state.shape, state.blocksize, state.quant_type)
-
-
-def _whole(
-    absmax: torch.Tensor,
-    offset: torch.Tensor | None,
-    nested_absmax: torch.Tensor | None,
-    nested_code: torch.Tensor | None,
-    nested_blocksize: int | None,
-    shape: Any,
-    blocksize: int | None,
-    quant_type: str | None,
-) -> QuantState:
-    state2 = None
-    if nested_absmax is not None:
-        state2 = QuantState(nested_absmax, None, nested_code, nested_blocksize)
-    return QuantState(absmax, shape, None, blocksize, quant_type, None, offset, state2)
-
-
-class _MatMul4Bit(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        A: torch.Tensor, bias: torch.Tensor | None, transposed: bool, B: torch.Tensor, *parts: Any
-    ) -> torch.Tensor:
-        return F.linear(A, _weight(B, _whole(*parts), A.dtype, transposed), bias)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-        A, bias, ctx.transposed, B, *parts = inputs
-        ctx.dtype, ctx.bias_shape = A.dtype, None if bias is None else bias.shape
-        ctx.save_for_backward(B, *parts[:4])
-        ctx.plain = parts[4:]
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        grad_A = grad_bias = None
-        if ctx.needs_input_grad[0]:
-            B, *tensors = ctx.saved_tensors
-            weight = _weight(B, _whole(*tensors, *ctx.plain), ctx.dtype, ctx.transposed)
-            grad_A = torch.matmul(grad_output, weight)
-        if ctx.needs_input_grad[1]:
-            grad_bias = grad_output.reshape(-1, grad_output.shape[-1]).sum(0)
-        return grad_A, grad_bias, *[None] * (2 + 4 + len(ctx.plain))
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], A: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, int]:
-        if any(dim is not None for dim in tree_leaves(in_dims[1:])):  # a shape has a dim for each of its sizes
-            raise NotImplementedError("matmul_4bit: vmap is possible over A only, not over the weight or the bias")
-        return _MatMul4Bit.apply(A.movedim(in_dims[0], 0), *rest), 0

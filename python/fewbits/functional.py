@@ -12,12 +12,13 @@ checked before anything is written.
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Any
 
 import torch
 
-from fewbits import _checks, _direct, _launch, _ops
+from fewbits import _checks, _direct
+from fewbits._states import backend, check_state, dequantize_as, nested_parts
+from fewbits.autograd import matmul_4bit
 from fewbits.codebook import (
     create_dynamic_map,
     create_fp8_map,
@@ -39,6 +40,7 @@ __all__ = [
     "dequantize_blockwise",
     "dequantize_fp4",
     "dequantize_nf4",
+    "gemv_4bit",
     "get_4bit_type",
     "pack_dict_to_tensor",
     "quantize_4bit",
@@ -47,11 +49,6 @@ __all__ = [
     "quantize_nf4",
     "unpack_tensor_to_dict",
 ]
-
-
-def _backend(*tensors: torch.Tensor | None) -> ModuleType:
-    """Return who runs a call: native code at once, or torch's dispatcher where somebody traces or wraps tensors."""
-    return _launch if _launch.is_direct(*tensors) else _ops
 
 
 def quantize_4bit(
@@ -110,7 +107,7 @@ def quantize_4bit(
                 done[1], A.shape, shared_table(quant_type, A.device), blocksize, quant_type, A.dtype
             )
     _checks.check_quantize(A, blocksize, quant_type, quant_storage)
-    run: Any = _backend(A, absmax, out)
+    run: Any = backend(A, absmax, out)
     code = shared_table(quant_type, A.device)
     if not compress_statistics:
         codes, maxima = run.quantize_4bit(A, blocksize, quant_type, quant_storage, out, absmax)
@@ -195,47 +192,6 @@ def _as_given(A: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     return values.t() if is_row and values.dim() <= 2 else values
 
 
-def check_state(quant_state: object) -> QuantState:
-    """Return a 4-bit state after a look at the attributes that the kernels need."""
-    if not isinstance(quant_state, QuantState):
-        raise TypeError(f"quant_state: expected a QuantState, got {type(quant_state).__name__}")
-    for name in ("shape", "dtype", "blocksize", "quant_type"):
-        if getattr(quant_state, name) is None:
-            raise ValueError(f"quant_state.{name}: expected the value of a 4-bit state, got None")
-    return quant_state
-
-
-def dequantize_as(
-    A: torch.Tensor, state: QuantState, dtype: torch.dtype, out: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Return 4-bit codes dequantized straight to a dtype: one rounding, whatever dtype the state was made from."""
-    if type(state) is QuantState:
-        done = _direct.dequantize_4bit(A, state, dtype, out)
-        if done is not None:
-            return done
-    shape, blocksize, quant_type = state.shape, state.blocksize, state.quant_type
-    if not state.nested:
-        run: Any = _backend(A, state.absmax, out)
-        values: torch.Tensor = run.dequantize_4bit(A, state.absmax, blocksize, quant_type, shape, dtype, out)
-        return values
-    offset, state2 = _nested_parts(state)
-    if not isinstance(offset, torch.Tensor):
-        offset = torch.tensor(offset, dtype=torch.float32, device=A.device)
-    nested = (state2.code, state2.absmax, state2.blocksize, offset)
-    run = _backend(A, state.absmax, state2.absmax, out)
-    result: torch.Tensor = run.dequantize_4bit_nested(
-        A, state.absmax, *nested, blocksize, quant_type, shape, dtype, out
-    )
-    return result
-
-
-def _nested_parts(state: QuantState) -> tuple[torch.Tensor, QuantState]:
-    if state.state2 is None or state.offset is None:
-        missing = "state2" if state.state2 is None else "offset"
-        raise ValueError(f"quant_state.{missing}: expected a value in a nested state, got None")
-    return state.offset, state.state2
-
-
 def quantize_fp4(
     A: torch.Tensor,
     absmax: torch.Tensor | None = None,
@@ -280,6 +236,52 @@ def dequantize_nf4(
 ) -> torch.Tensor:
     """Call `dequantize_4bit` with ``quant_type="nf4"``."""
     return dequantize_4bit(A, quant_state, absmax, out, blocksize, "nf4")
+
+
+def gemv_4bit(
+    A: torch.Tensor,
+    B: torch.Tensor,
+    out: torch.Tensor | None = None,
+    transposed_A: bool = False,
+    transposed_B: bool = False,
+    state: QuantState | None = None,
+) -> torch.Tensor:
+    """Return ``A @ W.T`` for a weight `W` held in 4 bits.
+
+    `fewbits.matmul_4bit` under the name that decode loops call. Any number of rows is taken, not just one.
+
+    Parameters
+    ----------
+    A : torch.Tensor
+        Floating point, shape ``(..., K)``.
+    B : torch.Tensor
+        The codes of `W`, as `quantize_4bit` returns them or transposed.
+    out : torch.Tensor, optional
+        Shape ``(..., N)``, dtype of `A`: receives the product.
+    transposed_A, transposed_B : bool
+        Not looked at: the shapes in `state` say what is multiplied.
+    state : QuantState
+        The state of `B`; its shape is ``(N, K)``.
+
+    Returns
+    -------
+    torch.Tensor
+        Shape ``(..., N)``, dtype of `A`, or `out`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the argument that is wrong.
+
+    Examples
+    --------
+    >>> codes, state = quantize_4bit(torch.ones(2, 32), quant_type="nf4")
+    >>> gemv_4bit(torch.ones(1, 32), codes.t(), state=state).tolist()
+    [[32.0, 32.0]]
+    """
+    if state is None:
+        raise ValueError("state: expected the state of B, got None")
+    return matmul_4bit(A, B, state, out)
 
 
 def quantize_blockwise(
@@ -333,7 +335,7 @@ def quantize_blockwise(
             )
     _checks.check_quantize(A, blocksize)
     code = _own_code(code, A.device)
-    run: Any = _backend(A, code, absmax, out)
+    run: Any = backend(A, code, absmax, out)
     codes, maxima = run.quantize_blockwise(A, code, blocksize, out, absmax)
     if not nested:
         return codes, QuantState(maxima, code=code, blocksize=blocksize, dtype=A.dtype)
@@ -408,10 +410,10 @@ def dequantize_blockwise(
             raise ValueError("quant_state.blocksize: expected a power of two from 32 to 4096, got None")
         blocksize = quant_state.blocksize
         if quant_state.nested:
-            offset, state2 = _nested_parts(quant_state)
+            offset, state2 = nested_parts(quant_state, A.device)
             absmax = dequantize_blockwise(absmax, state2) + offset
     code = _own_code(code, A.device)
-    run: Any = _backend(A, absmax, code, out)
+    run: Any = backend(A, absmax, code, out)
     values: torch.Tensor = run.dequantize_blockwise(A, absmax, code, blocksize, dtype, out)
     return values
 

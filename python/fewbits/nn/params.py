@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from fewbits import _checks, _launch
+from fewbits._prepared import Prepared
 from fewbits.functional import quantize_4bit
 from fewbits.quant_state import QuantState
 
@@ -83,6 +84,7 @@ class Params4bit(torch.nn.Parameter):
     quant_storage: torch.dtype
     bnb_quantized: bool
     module: torch.nn.Module | None
+    prepared: Prepared | None = None  # what a product needs of this memory and this state; see `fewbits._prepared`
 
     def __new__(  # noqa: D102
         cls,
@@ -180,11 +182,12 @@ class Params4bit(torch.nn.Parameter):
 
     @data.setter
     def data(self, value: torch.Tensor) -> None:
+        self.__dict__.pop("prepared", None)
         if isinstance(value, Params4bit):
             if self.requires_grad and not value.is_floating_point():
                 self.requires_grad_(False)
             torch.Tensor.data.__set__(self, value.data)  # type: ignore[attr-defined]
-            self.__dict__.update({key: item for key, item in value.__dict__.items() if key != "module"})
+            self.__dict__.update(_attributes(value))
         else:
             torch.Tensor.data.__set__(self, value)  # type: ignore[attr-defined]
 
@@ -273,7 +276,7 @@ class Params4bit(torch.nn.Parameter):
 
     def __getstate__(self) -> dict[str, Any]:
         # Without the module: whoever pickles or copies a lone parameter does not want the model with it.
-        return {**self.__dict__, "module": None, "data": self.data, "requires_grad": self.requires_grad}
+        return {**_attributes(self), "module": None, "data": self.data, "requires_grad": self.requires_grad}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         attributes = dict(state)
@@ -292,9 +295,8 @@ class Params4bit(torch.nn.Parameter):
         if id(self) in memo:
             done: Params4bit = memo[id(self)]
             return done
-        attributes = {key: value for key, value in self.__dict__.items() if key != "module"}
         # The copy of a module knows its weight; the copy of a lone weight knows no module.
-        attributes = {**copy.deepcopy(attributes, memo), "module": memo.get(id(self.module))}
+        attributes = {**copy.deepcopy(_attributes(self), memo), "module": memo.get(id(self.module))}
         duplicate = type(self)(self.data.clone(memory_format=torch.preserve_format), self.requires_grad, **attributes)
         memo[id(self)] = duplicate
         return duplicate
@@ -304,12 +306,23 @@ class Params4bit(torch.nn.Parameter):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = {} if kwargs is None else kwargs
+        if func in _REPOINTING and isinstance(args[0], cls):
+            args[0].__dict__.pop("prepared", None)
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **kwargs)
         if func is torch.chunk or func is torch.split:  # FSDP2 shards with these, and needs to know what it holds
             source = args[0] if args else next(value for value in kwargs.values() if isinstance(value, cls))
             return tuple(type(source)(piece, source.requires_grad, **source.__dict__) for piece in result)
         return result
+
+
+# What gives a tensor other memory without a new storage address.
+_REPOINTING = {torch.Tensor.data.__set__, torch.Tensor.set_, torch.Tensor.resize_}  # type: ignore[attr-defined]
+
+
+def _attributes(parameter: Params4bit) -> dict[str, Any]:
+    """Return what a copy of a parameter takes over."""
+    return {key: value for key, value in parameter.__dict__.items() if key not in ("module", "prepared")}
 
 
 def _blank(cls: type[Params4bit]) -> Params4bit:

@@ -8,55 +8,11 @@
 // Work: a lane turns 8 codes (float32: 4) into one 16-byte store, UNROLL of them in flight, so that a warp writes 512
 // consecutive bytes at a time. Sixteen float32 values lie in sixteen banks of shared memory and never conflict; the 256 of an
 // 8-bit code stand there in COPIES copies, which leaves two lanes a bank.
-#include "element.cuh"
-#include "tables.cuh"
+#include "decode.cuh"
 
 constexpr int THREADS = 256;
 constexpr int UNROLL = 4;
 constexpr int COPIES = 8;
-
-struct PlainAbsmax {
-    const float* absmax;
-
-    __device__ __forceinline__ float operator()(i64 block) const { return absmax[block]; }
-    __device__ __forceinline__ void prefetch_block(i64 block) const { prefetch(absmax + block); }
-};
-
-struct NestedAbsmax {
-    const u8* codes;
-    const float* code;  // 256 values in shared memory
-    const float* absmax;
-    int log2_blocksize;
-    float offset;
-
-    __device__ __forceinline__ float operator()(i64 block) const {
-        return __fadd_rn(__fmul_rn(code[codes[block]], absmax[block >> log2_blocksize]), offset);
-    }
-    __device__ __forceinline__ void prefetch_block(i64 block) const {
-        prefetch(codes + block);
-        prefetch(absmax + (block >> log2_blocksize));
-    }
-};
-
-// Two codes a byte.
-struct Decode4 {
-    const float* values;  // 16, in shared memory
-
-    // The codes of N elements from element `first` on.
-    template <int N>
-    static __device__ __forceinline__ uint2 load(const u8* codes, i64 first) {
-        if (N == 8) return make_uint2(*reinterpret_cast<const unsigned*>(codes + first / 2), 0);
-        return make_uint2(*reinterpret_cast<const unsigned short*>(codes + first / 2), 0);
-    }
-    // Value of element i of them.
-    __device__ __forceinline__ float value(const uint2& packed, int i) const {
-        return values[packed.x >> ((i ^ 1) * 4) & 15];
-    }
-    // Value of one element of the tensor.
-    __device__ __forceinline__ float value_at(const u8* codes, i64 i) const {
-        return values[codes[i / 2] >> (i % 2 ? 0 : 4) & 15];
-    }
-};
 
 // One code a byte.
 struct Decode8 {
@@ -139,11 +95,6 @@ __device__ __forceinline__ void prefetch_first(const u8* codes, const Absmax& ab
     absmax.prefetch_block(first >> log2_blocksize);
 }
 
-__device__ __forceinline__ Decode4 load_values_4bit(float (&shared)[16], int quant_type) {
-    if (threadIdx.x < 16) shared[threadIdx.x] = (quant_type == QUANT_TYPE_FP4 ? FP4_VALUES : NF4_VALUES)[threadIdx.x];
-    return Decode4{shared};
-}
-
 // A thread's value, COPIES times: in 16-byte stores, as the threads' words lie in four banks.
 __device__ __forceinline__ void copy_value(float (&values)[256 * COPIES], float value) {
 #pragma unroll
@@ -169,7 +120,7 @@ __device__ __forceinline__ void copy_value(float (&values)[256 * COPIES], float 
         const NestedAbsmax scale{absmax_codes, nested, nested_absmax, log2_nested_blocksize, *offset};                   \
         prefetch_first<E>(codes, scale, n, 2, log2_blocksize, rows);                                                     \
         const Decode4 decode = load_values_4bit(values, quant_type);                                                     \
-        nested[threadIdx.x] = nested_code ? nested_code[threadIdx.x] : DYNAMIC_VALUES[threadIdx.x];                      \
+        load_nested_code(nested, nested_code);                                                                           \
         __syncthreads();                                                                                                 \
         dequantize<E>(codes, decode, scale, out, n, log2_blocksize, rows);                                               \
     }                                                                                                                    \

@@ -1,7 +1,6 @@
 // What the products with a 4-bit weight share: the table that turns a byte into two values, and the block scales.
 #pragma once
-#include "element.cuh"
-#include "tables.cuh"
+#include "decode.cuh"
 
 // Where nested scales come from (see double_quant.cu): nested_code[codes[b]] * nested_absmax[b >> log2_nested] + *offset. The codes
 // themselves, like plain float32 scales, are copied with the weight's.
@@ -13,11 +12,6 @@ struct NestedSource {
 
     __device__ __forceinline__ float absmax_of(i64 block) const { return __ldg(absmax + (block >> log2_blocksize)); }
 };
-
-// Two float32 operations, as in dequantize.cu.
-__device__ __forceinline__ float nested_scale(float value, float absmax, float offset) {
-    return __fadd_rn(__fmul_rn(value, absmax), offset);
-}
 
 // How the copy engine sees a tensor; the driver fills it in.
 struct alignas(64) TensorMap {

@@ -13,6 +13,16 @@ pub enum Error {
         /// What is accepted.
         expected: String,
     },
+    /// An index that names no row.
+    #[error("indices: got {row} at place {place}, expected 0 to {} for a weight of {rows} rows", *rows as i64 - 1)]
+    Index {
+        /// The index.
+        row: i64,
+        /// Where it stands.
+        place: usize,
+        /// How many rows there are.
+        rows: usize,
+    },
     /// No CUDA driver on this machine.
     #[error("no CUDA driver found (libcuda.so.1 or nvcuda.dll): CUDA tensors need NVIDIA's driver 525 or newer")]
     NoDriver,

@@ -64,9 +64,13 @@ pub unsafe fn matmul_4bit(weight: Weight, rows: Rows, target: Target) -> Result<
     let elements = weight.blocks(rows.dtype)?.n;
     check_addresses(elements, &[("B", weight.codes)])?;
     check_absmax(elements, weight.absmax)?;
-    check_addresses(rows.m * weight.k, &[("A", rows.x)])?;
-    check_addresses(rows.m * weight.n, &[("out", rows.out)])?;
-    if rows.m * weight.n == 0 {
+    let (inputs, outputs) = (rows.m.saturating_mul(weight.k), rows.m.saturating_mul(weight.n));
+    if inputs.max(outputs) > isize::MAX as usize / 8 {
+        return Err(Error::argument("A", format!("{} rows", rows.m), "tensors that fit the address space"));
+    }
+    check_addresses(inputs, &[("A", rows.x)])?;
+    check_addresses(outputs, &[("out", rows.out)])?;
+    if outputs == 0 {
         return Ok(true);
     }
     // SAFETY: the caller's promise, handed on.

@@ -2,7 +2,7 @@
 
 use fewbits_core as core;
 use pyo3::create_exception;
-use pyo3::exceptions::{PyRuntimeError, PyValueError};
+use pyo3::exceptions::{PyIndexError, PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
 
 create_exception!(fewbits._native, Error, PyRuntimeError, "The CUDA driver is missing, too old, or refused a call.");
@@ -24,6 +24,7 @@ impl From<CoreError> for PyErr {
         let text = error.to_string();
         match error {
             core::Error::Argument { .. } => PyValueError::new_err(text),
+            core::Error::Index { .. } => PyIndexError::new_err(text),
             core::Error::NoDriver
             | core::Error::OldDriver { .. }
             | core::Error::NoKernels

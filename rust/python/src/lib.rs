@@ -9,6 +9,7 @@ mod blockwise;
 mod error;
 mod info;
 mod matmul4;
+mod panel;
 mod target;
 
 /// Quantization kernels on raw addresses.
@@ -25,9 +26,10 @@ mod _native {
     use super::error::Error;
     #[pymodule_export]
     use super::info::{cpu_info, driver_info, images};
-
     #[pymodule_export]
-    use super::matmul4::matmul_4bit;
+    use super::matmul4::{Weight4bit, matmul_4bit};
+    #[pymodule_export]
+    use super::panel::{dequantize_4bit_panel, dequantize_4bit_rows};
 
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {

@@ -1,12 +1,12 @@
 //! Products with 4-bit weights. Arguments: `_native.pyi`.
 
-use fewbits_core::blockwise::Absmax;
 use fewbits_core::matmul4::{self, Rows, Weight};
+use fewbits_core::{Dtype, Target};
 use pyo3::prelude::*;
 
 use crate::blockwise::run;
 use crate::error::Result;
-use crate::target::{dtype, quant_type, target};
+use crate::target::{absmax, dtype, quant_type, target};
 
 /// Multiplies with a 4-bit weight; `nested_blocksize` 0 means plain float32 maxima. Returns whether a kernel took it.
 #[pyfunction]
@@ -30,13 +30,62 @@ pub fn matmul_4bit(
     device: i64,
     queue: u64,
 ) -> Result<bool> {
-    let absmax = match nested_blocksize {
-        0 => Absmax::Plain(absmax),
-        blocksize => Absmax::Nested { codes: absmax, code: nested_code, absmax: nested_absmax, blocksize, offset },
-    };
+    let absmax = self::absmax(absmax, nested_code, nested_absmax, nested_blocksize, offset);
     let weight = Weight { codes, n, k, blocksize, quant_type: self::quant_type(quant_type)?, absmax };
-    let rows = Rows { x, m, dtype: self::dtype(dtype)?, bias, out };
-    let target = target(device, queue)?;
-    // SAFETY: `fewbits._matmul` passes addresses of tensors of these sizes on this device and keeps them alive for the call.
+    multiply(py, weight, x, m, self::dtype(dtype)?, bias, out, target(device, queue)?)
+}
+
+/// A 4-bit weight whose addresses and sizes are passed once, for callers that count every tenth of a microsecond.
+#[pyclass(frozen)]
+pub struct Weight4bit(Weight);
+
+#[pymethods]
+impl Weight4bit {
+    #[new]
+    fn new(
+        codes: u64,
+        n: usize,
+        k: usize,
+        blocksize: usize,
+        quant_type: usize,
+        absmax: u64,
+        nested_code: u64,
+        nested_absmax: u64,
+        nested_blocksize: usize,
+        offset: u64,
+    ) -> Result<Self> {
+        let absmax = self::absmax(absmax, nested_code, nested_absmax, nested_blocksize, offset);
+        Ok(Self(Weight { codes, n, k, blocksize, quant_type: self::quant_type(quant_type)?, absmax }))
+    }
+
+    /// As the function `matmul_4bit`.
+    fn matmul(
+        &self,
+        py: Python<'_>,
+        x: u64,
+        m: usize,
+        dtype: usize,
+        bias: u64,
+        out: u64,
+        device: i64,
+        queue: u64,
+    ) -> Result<bool> {
+        multiply(py, self.0, x, m, self::dtype(dtype)?, bias, out, target(device, queue)?)
+    }
+}
+
+fn multiply(
+    py: Python<'_>,
+    weight: Weight,
+    x: u64,
+    m: usize,
+    dtype: Dtype,
+    bias: u64,
+    out: u64,
+    target: Target,
+) -> Result<bool> {
+    let rows = Rows { x, m, dtype, bias, out };
+    // SAFETY: `fewbits._matmul` and `fewbits._prepared` pass addresses of tensors of these sizes on this device and keep them alive
+    // for the call.
     run(py, target, move || unsafe { matmul4::matmul_4bit(weight, rows, target) })
 }

@@ -1,5 +1,6 @@
 //! Numbers at the boundary to the core's types.
 
+use fewbits_core::blockwise::Absmax;
 use fewbits_core::{Dtype, QuantType, Target};
 
 use crate::error::{Result, unknown};
@@ -21,4 +22,12 @@ pub fn dtype(number: usize) -> Result<Dtype> {
 /// 0 nf4, 1 fp4.
 pub fn quant_type(number: usize) -> Result<QuantType> {
     QuantType::ALL.get(number).copied().ok_or_else(|| unknown("quant_type", number, "0 (nf4) or 1 (fp4)"))
+}
+
+/// Block scales: plain float32 where `nested_blocksize` is 0, else 8-bit codes and what decodes them.
+pub fn absmax(absmax: u64, nested_code: u64, nested_absmax: u64, nested_blocksize: usize, offset: u64) -> Absmax {
+    match nested_blocksize {
+        0 => Absmax::Plain(absmax),
+        blocksize => Absmax::Nested { codes: absmax, code: nested_code, absmax: nested_absmax, blocksize, offset },
+    }
 }

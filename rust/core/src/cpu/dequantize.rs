@@ -22,16 +22,18 @@ use crate::{QuantType, Result};
 static DYNAMIC: LazyLock<[f32; 256]> = LazyLock::new(|| dynamic_map(true));
 
 /// The scale of a block.
-enum Scales {
+pub(super) enum Scales {
     Plain(*const f32),
-    Nested { codes: *const u8, code: Box<[f32; 256]>, absmax: *const f32, blocksize: usize, offset: f32 },
+    Nested { codes: *const u8, code: Box<[f32; 256]>, absmax: *const f32, log2_blocksize: u32, offset: f32 },
 }
 
 // SAFETY: the pointers are to memory that the caller lends for reading, from any thread, until the call is over.
 unsafe impl Sync for Scales {}
 
 impl Scales {
-    unsafe fn new(absmax: Absmax) -> Self {
+    /// # Safety
+    /// The addresses hold what [`Absmax`] says, until the call that they were lent for is over.
+    pub unsafe fn new(absmax: Absmax) -> Self {
         match absmax {
             Absmax::Plain(absmax) => Self::Plain(absmax as *const f32),
             Absmax::Nested { codes, code, absmax, blocksize, offset } => Self::Nested {
@@ -39,7 +41,7 @@ impl Scales {
                 // SAFETY: the caller promises 256 float32 at `code` and one at `offset`.
                 code: Box::new(unsafe { code_values(code) }.unwrap_or(*DYNAMIC)),
                 absmax: absmax as *const f32,
-                blocksize,
+                log2_blocksize: blocksize.ilog2(),
                 // SAFETY: as above.
                 offset: unsafe { (offset as *const f32).read_unaligned() },
             },
@@ -52,51 +54,83 @@ impl Scales {
         unsafe {
             match self {
                 Self::Plain(absmax) => absmax.add(block).read_unaligned(),
-                Self::Nested { codes, code, absmax, blocksize, offset } => {
+                Self::Nested { codes, code, absmax, log2_blocksize, offset } => {
                     let value = code[usize::from(*codes.add(block))];
-                    value * absmax.add(block / blocksize).read_unaligned() + offset
+                    value * absmax.add(block >> log2_blocksize).read_unaligned() + offset
                 }
             }
         }
     }
 }
 
-/// Blocks `first..last` of a 4-bit tensor of `n` elements.
+/// A 4-bit tensor, to be read from any place.
+#[derive(Clone, Copy)]
+pub(super) struct Codes4<'a> {
+    /// Two codes a byte, the first in the high nibble.
+    pub codes: *const u8,
+    /// What they stand for.
+    pub values: &'a [f32; 16],
+    /// One a block.
+    pub scales: &'a Scales,
+    /// Elements of a block, a power of two: its logarithm, because a division takes longer than all else about a small block.
+    pub log2_blocksize: u32,
+}
+
+// SAFETY: the pointer is to memory that the caller lends for reading, from any thread, until the call is over.
+unsafe impl Sync for Codes4<'_> {}
+
+impl Codes4<'_> {
+    /// Writes elements `start..end`.
+    ///
+    /// # Safety
+    /// They lie within the tensor; `out` has room for them.
+    #[inline(always)]
+    pub unsafe fn decode<T: Lookup>(&self, start: usize, end: usize, mut out: *mut T) {
+        let mut i = start;
+        while i < end {
+            let block = i >> self.log2_blocksize;
+            let stop = end.min((block + 1) << self.log2_blocksize);
+            // SAFETY: the block lies within the tensor, whose codes, scales and room for results the caller promised.
+            unsafe {
+                let (scale, codes, count) = (self.scales.get(block), self.codes.add(i / 2), stop - i);
+                i = stop;
+                #[cfg(target_arch = "x86_64")]
+                if Path::chosen() == Path::Avx512
+                    && (stop - count).is_multiple_of(2)
+                    && count.is_multiple_of(32)
+                    && avx512::dequantize_block(codes, self.values, scale, out, count)
+                {
+                    out = out.add(count);
+                    continue;
+                }
+                let results = self.values.map(|value| T::narrow(value * scale));
+                // A run that starts within a byte: its first code alone.
+                let odd = (stop - count) % 2;
+                if odd == 1 {
+                    out.write_unaligned(results[usize::from(*codes & 15)]);
+                }
+                expand(codes.add(odd), &results, out.add(odd), count - odd);
+                out = out.add(count);
+            }
+        }
+    }
+}
+
+/// Blocks `first..last` of a tensor of `n` elements.
 struct Part4<'a, T> {
-    codes: *const u8,
-    values: &'a [f32; 16],
-    scales: &'a Scales,
+    codes: Codes4<'a>,
     out: *mut T,
     first: usize,
     last: usize,
-    blocks: Blocks,
+    n: usize,
 }
 
 #[inline(always)]
 unsafe fn blocks_4bit<T: Lookup>(part: &Part4<T>) {
-    let Blocks { n, blocksize, .. } = part.blocks;
-    for block in part.first..part.last {
-        let start = block * blocksize;
-        // SAFETY: the block lies within the tensor, whose codes, scales and room for results the caller promised.
-        unsafe {
-            let scale = part.scales.get(block);
-            #[cfg(target_arch = "x86_64")]
-            if Path::chosen() == Path::Avx512
-                && n - start >= blocksize
-                && avx512::dequantize_block(
-                    part.codes.add(start / 2),
-                    part.values,
-                    scale,
-                    part.out.add(start),
-                    blocksize,
-                )
-            {
-                continue;
-            }
-            let results = part.values.map(|value| T::narrow(value * scale));
-            expand(part.codes.add(start / 2), &results, part.out.add(start), blocksize.min(n - start));
-        }
-    }
+    let log2 = part.codes.log2_blocksize;
+    let (start, end) = (part.first << log2, part.n.min(part.last << log2));
+    // SAFETY: the blocks lie within the tensor, by the caller's promise.
+    unsafe { part.codes.decode(start, end, part.out.add(start)) };
 }
 
 multiversion! {
@@ -113,17 +147,11 @@ pub(crate) unsafe fn dequantize_4bit(
     out: u64,
     threads: usize,
 ) -> Result<()> {
-    unsafe fn typed<T: Lookup>(
-        blocks: Blocks,
-        codes: u64,
-        values: &[f32; 16],
-        scales: &Scales,
-        out: u64,
-        threads: usize,
-    ) -> Result<()> {
-        pages::advise_huge(out, blocks.n * size_of::<T>());
+    unsafe fn typed<T: Lookup>(blocks: Blocks, codes: Codes4, out: u64, threads: usize) -> Result<()> {
+        let n = blocks.n;
+        pages::advise_huge(out, n * size_of::<T>());
         pool::run(blocks.count(), blocks.blocksize * size_of::<T>(), threads, |first, last| {
-            let part = Part4 { codes: codes as *const u8, values, scales, out: out as *mut T, first, last, blocks };
+            let part = Part4 { codes, out: out as *mut T, first, last, n };
             // SAFETY: the caller's promise; parts do not overlap.
             unsafe { run_4bit(&part) };
         })
@@ -132,7 +160,9 @@ pub(crate) unsafe fn dequantize_4bit(
     unsafe {
         let scales = Scales::new(absmax);
         let values = quant_type.values();
-        for_dtype!(blocks.dtype, T => typed::<T>(blocks, codes, values, &scales, out, threads))
+        let codes =
+            Codes4 { codes: codes as *const u8, values, scales: &scales, log2_blocksize: blocks.blocksize.ilog2() };
+        for_dtype!(blocks.dtype, T => typed::<T>(blocks, codes, out, threads))
     }
 }
 

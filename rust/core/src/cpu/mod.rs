@@ -11,6 +11,7 @@ mod element;
 mod float_mode;
 pub mod matmul4;
 mod pages;
+pub mod panel;
 pub mod path;
 mod pool;
 pub mod quantize;

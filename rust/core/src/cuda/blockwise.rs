@@ -1,16 +1,9 @@
 //! Launches of quantize.cu, dequantize.cu and double_quant.cu.
 
-use std::ffi::c_void;
-
-use super::launch::{Grid, Kernel, Launch};
+use super::launch::{Grid, Kernel, Launch, arguments};
 use crate::blockwise::{Absmax, Blocks};
 use crate::double_quant::{MAX_SUMS, MAXIMA_OFFSET, NESTED_BLOCKSIZE, Nested};
 use crate::{QuantType, Result};
-
-/// Pointers to the values of a kernel's parameters.
-macro_rules! arguments {
-    ($($value:expr),* $(,)?) => { &mut [$(std::ptr::from_ref(&$value).cast_mut().cast::<c_void>()),*] };
-}
 
 /// Pieces that a block of quantize.cu takes at a time: 16 warps, 4 vectors of 16 bytes a lane.
 fn quantize_pieces(blocks: Blocks) -> u64 {

@@ -24,6 +24,10 @@ pub enum Kernel {
     Dequantize4Nested(Dtype),
     /// dequantize.cu
     Dequantize8(Dtype),
+    /// panel.cu
+    Panel(Dtype),
+    /// panel.cu
+    PanelNested(Dtype),
     /// double_quant.cu
     QuantizeAbsmax,
     /// matmul4_plain.cu
@@ -74,7 +78,7 @@ pub enum Kernel {
 impl Kernel {
     /// How many there are.
     pub const COUNT: usize = Self::SKINNY4 + 6 * (SKINNY.len() + WIDE.len() + MID.len() + 2);
-    const PLAIN4: usize = 5 * Dtype::ALL.len() + 1;
+    const PLAIN4: usize = 7 * Dtype::ALL.len() + 1;
     const SKINNY4: usize = Self::PLAIN4 + 2 * Dtype::ALL.len();
 
     /// Its place in a device's table.
@@ -86,7 +90,9 @@ impl Kernel {
             Self::Dequantize4(dtype) => 2 * types + dtype as usize,
             Self::Dequantize4Nested(dtype) => 3 * types + dtype as usize,
             Self::Dequantize8(dtype) => 4 * types + dtype as usize,
-            Self::QuantizeAbsmax => 5 * types,
+            Self::Panel(dtype) => 5 * types + dtype as usize,
+            Self::PanelNested(dtype) => 6 * types + dtype as usize,
+            Self::QuantizeAbsmax => 7 * types,
             Self::Plain4 { dtype, nested } => Self::PLAIN4 + 2 * dtype as usize + usize::from(nested),
             Self::Skinny4 { instance, dtype, nested } => {
                 Self::SKINNY4 + (instance * types + dtype as usize) * 2 + usize::from(nested)
@@ -109,6 +115,7 @@ impl Kernel {
         match self {
             Self::Quantize4(_) | Self::Quantize8(_) => "quantize",
             Self::Dequantize4(_) | Self::Dequantize4Nested(_) | Self::Dequantize8(_) => "dequantize",
+            Self::Panel(_) | Self::PanelNested(_) => "panel",
             Self::QuantizeAbsmax => "double_quant",
             Self::Plain4 { .. } => "matmul4_plain",
             Self::Mma4 { .. } => "matmul4_mma",
@@ -126,6 +133,8 @@ impl Kernel {
             Self::Dequantize4(dtype) => format!("dequantize_4bit_{}", dtype.suffix()),
             Self::Dequantize4Nested(dtype) => format!("dequantize_4bit_nested_{}", dtype.suffix()),
             Self::Dequantize8(dtype) => format!("dequantize_8bit_{}", dtype.suffix()),
+            Self::Panel(dtype) => format!("dequantize_4bit_panel_{}", dtype.suffix()),
+            Self::PanelNested(dtype) => format!("dequantize_4bit_panel_nested_{}", dtype.suffix()),
             Self::QuantizeAbsmax => "quantize_absmax".to_string(),
             Self::Plain4 { dtype, nested } => {
                 format!("matmul4_plain_{}_{}", dtype.suffix(), SCALES[usize::from(nested)])
@@ -152,6 +161,8 @@ impl Kernel {
             Self::Dequantize4(_)
             | Self::Dequantize4Nested(_)
             | Self::Dequantize8(_)
+            | Self::Panel(_)
+            | Self::PanelNested(_)
             | Self::Plain4 { .. }
             | Self::Mma4 { .. } => 256,
             Self::Skinny4 { instance, .. } => 32 * SKINNY[instance].warps,
@@ -223,6 +234,12 @@ pub enum Grid {
     /// kernel itself waits for it.
     Overlapping(u64),
 }
+
+/// Pointers to the values of a kernel's parameters.
+macro_rules! arguments {
+    ($($value:expr),* $(,)?) => { &mut [$(std::ptr::from_ref(&$value).cast_mut().cast::<std::ffi::c_void>()),*] };
+}
+pub(crate) use arguments;
 
 /// One launch.
 pub struct Launch<'a> {

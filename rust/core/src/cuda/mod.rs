@@ -9,6 +9,7 @@ mod image;
 mod launch;
 pub(crate) mod matmul4;
 mod matmul4_choice;
+pub(crate) mod panel;
 mod tensor_map;
 
 pub use device::{DeviceInfo, devices};

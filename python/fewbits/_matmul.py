@@ -1,0 +1,100 @@
+"""Products with a 4-bit weight on plain tensors: the fused kernel, or panels of the weight and torch's own product.
+
+    matmul_4bit       A @ W.T + bias    A (..., K), W (N, K)
+    matmul_4bit_grad  G @ W             G (..., N): the gradient of A
+
+The native product says whether a kernel took the problem. Where none did, panels of the weight are dequantized one
+after another into the same memory and multiplied straight into their columns of the result: rows of `W` forward,
+columns of it backward, so that no sum is rounded between two panels. Nothing else is allocated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+
+import torch
+
+from fewbits import _native
+from fewbits._checks import DTYPES, check_buffer, check_matmul_4bit
+from fewbits._launch import deliver, dense, target, target_queue
+from fewbits._panel import bind, panels
+
+
+def matmul_4bit(
+    A: torch.Tensor,
+    B: torch.Tensor,
+    absmax: torch.Tensor,
+    nested_code: torch.Tensor | None,
+    nested_absmax: torch.Tensor | None,
+    nested_blocksize: int,
+    offset: torch.Tensor | None,
+    blocksize: int,
+    quant_type: str,
+    shape: Sequence[int],
+    bias: torch.Tensor | None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return ``A @ W.T + bias``, shape ``(..., N)``, for the `W` of `shape` ``(N, K)``; see `autograd.matmul_4bit`."""
+    parts = (B, absmax, nested_code, nested_absmax, nested_blocksize, offset, blocksize, quant_type, shape)
+    check_matmul_4bit("A", A, 1, *parts, bias)
+    n, k = shape
+    size = (*A.shape[:-1], n)
+    if out is not None:
+        check_buffer("out", out, A.dtype, prod(size), f"shape {size}", A)
+    aliased = out is not None and any(_share_memory(out, other) for other in (A, bias))
+    result = target(None if aliased else out, size, A.dtype, A.device)
+    if not result.numel():
+        return deliver(result, out)
+    if not k:
+        result.zero_() if bias is None else result.copy_(bias)
+        return deliver(result, out)
+    weight, x = bind(*parts), dense(A).view(-1, k)
+    added = None if bias is None else dense(bias)
+    number = DTYPES.get(A.dtype)
+    if number is not None:
+        bias_address = 0 if added is None else added.data_ptr()
+        pointers = (*weight.native, bias_address, result.data_ptr(), *target_queue(A.device))
+        if _native.matmul_4bit(x.data_ptr(), x.shape[0], number, *pointers):
+            return deliver(result, out)
+    y = result.view(-1, n)
+    for first, count, panel in panels(weight, 0, A.dtype, A.device):
+        columns = y.narrow(1, first, count)
+        if added is None:
+            torch.mm(x, panel.t(), out=columns)
+        else:
+            torch.addmm(added.narrow(0, first, count), x, panel.t(), out=columns)
+    return deliver(result, out)
+
+
+def matmul_4bit_grad(
+    grad_output: torch.Tensor,
+    B: torch.Tensor,
+    absmax: torch.Tensor,
+    nested_code: torch.Tensor | None,
+    nested_absmax: torch.Tensor | None,
+    nested_blocksize: int,
+    offset: torch.Tensor | None,
+    blocksize: int,
+    quant_type: str,
+    shape: Sequence[int],
+) -> torch.Tensor:
+    """Return ``grad_output @ W``, shape ``(..., K)``, for the `W` of `shape` ``(N, K)``."""
+    parts = (B, absmax, nested_code, nested_absmax, nested_blocksize, offset, blocksize, quant_type, shape)
+    check_matmul_4bit("grad_output", grad_output, 0, *parts, None)
+    n, k = shape
+    dtype, device = grad_output.dtype, grad_output.device
+    result = torch.empty((*grad_output.shape[:-1], k), dtype=dtype, device=device)
+    if not result.numel():
+        return result
+    if not n:
+        return result.zero_()
+    weight, g = bind(*parts), dense(grad_output).view(-1, n)
+    y = result.view(-1, k)
+    for first, count, panel in panels(weight, 1, dtype, device):
+        torch.mm(g, panel, out=y.narrow(1, first, count))
+    return result
+
+
+def _share_memory(tensor: torch.Tensor, other: torch.Tensor | None) -> bool:
+    return other is not None and tensor.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()

@@ -1,0 +1,113 @@
+"""Parts of a 4-bit weight, dequantized: panels for a product, rows for an embedding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+
+from fewbits import _native
+from fewbits._checks import DTYPES, QUANT_TYPES, check_rows
+from fewbits._launch import as_float32, code_address, dense, target_queue
+
+# Bytes of a panel. On the GPU enough that a product fills it, and never a full-size copy of a large head; on the CPU
+# what stays in the cache between its dequantization and its use.
+PANEL_BYTES = {"cuda": 64 << 20, "cpu": 2 << 20}
+# A panel's size is a multiple of this where it can be: matrix kernels work in such tiles, and vectors stay aligned.
+_TILE = 64
+
+_Native = tuple[int, int, int, int, int, int, int, int, int, int]
+
+
+class Bound(NamedTuple):
+    """A weight as native calls take it."""
+
+    native: _Native  # codes, n, k, blocksize, quant_type, absmax and its nested parts
+    shape: tuple[int, int]
+    alive: tuple[torch.Tensor | None, ...]  # whose addresses these are
+
+
+def bind(
+    B: torch.Tensor,
+    absmax: torch.Tensor,
+    nested_code: torch.Tensor | None,
+    nested_absmax: torch.Tensor | None,
+    nested_blocksize: int,
+    offset: torch.Tensor | None,
+    blocksize: int,
+    quant_type: str,
+    shape: Sequence[int],
+) -> Bound:
+    """Return the addresses and sizes of a weight whose parts have been checked."""
+    n, k = shape
+    codes, number = dense(B), QUANT_TYPES[quant_type]
+    if nested_absmax is None or offset is None:
+        maxima = as_float32(absmax)
+        native = (codes.data_ptr(), n, k, blocksize, number, maxima.data_ptr(), 0, 0, 0, 0)
+        return Bound(native, (n, k), (codes, maxima))
+    maxima, nested, mean = dense(absmax), as_float32(nested_absmax), as_float32(offset)
+    address, code = code_address(nested_code)
+    nested_native = (maxima.data_ptr(), address, nested.data_ptr(), nested_blocksize, mean.data_ptr())
+    native = (codes.data_ptr(), n, k, blocksize, number, *nested_native)
+    return Bound(native, (n, k), (codes, maxima, nested, mean, code))
+
+
+def panel_size(shape: tuple[int, int], dim: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Return how many rows (`dim` 0) or columns (1) of a weight of `shape` a panel has."""
+    size, other = shape[dim], shape[1 - dim]
+    # A dtype that no kernel writes is converted from float32, which then lies beside it.
+    itemsize = dtype.itemsize + (0 if dtype in DTYPES else 4)
+    limit = max(1, PANEL_BYTES[device.type] // (other * itemsize))
+    if limit >= size:
+        return size
+    tile = _TILE if limit >= _TILE else 1
+    limit = limit // tile * tile
+    panels = (size + limit - 1) // limit
+    even = (size + panels - 1) // panels  # as many panels, but none that is a mere rest
+    return (even + tile - 1) // tile * tile
+
+
+def panels(
+    weight: Bound, dim: int, dtype: torch.dtype, device: torch.device
+) -> Iterator[tuple[int, int, torch.Tensor]]:
+    """Yield (first, count, values) for panels of rows (`dim` 0) or columns (1), each in the memory of the last."""
+    n, k = weight.shape
+    step = panel_size(weight.shape, dim, dtype, device)
+    written = dtype if dtype in DTYPES else torch.float32
+    memory = torch.empty(step * weight.shape[1 - dim], dtype=written, device=device)
+    for first in range(0, weight.shape[dim], step):
+        count = min(step, weight.shape[dim] - first)
+        rows, columns = (count, k) if dim == 0 else (n, count)
+        place = (first, rows, 0, k) if dim == 0 else (0, n, first, columns)
+        _native.dequantize_4bit_panel(*weight.native, *place, memory.data_ptr(), DTYPES[written], *target_queue(device))
+        yield first, count, memory[: rows * columns].view(rows, columns).to(dtype)
+
+
+def dequantize_4bit_rows(
+    indices: torch.Tensor,
+    B: torch.Tensor,
+    absmax: torch.Tensor,
+    nested_code: torch.Tensor | None,
+    nested_absmax: torch.Tensor | None,
+    nested_blocksize: int,
+    offset: torch.Tensor | None,
+    blocksize: int,
+    quant_type: str,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Return ``W[indices]`` in `dtype`, shape ``(*indices.shape, K)``, for the `W` of `shape` ``(N, K)``.
+
+    An index that names no row raises IndexError on the CPU, before anything is written. On CUDA nobody waits to see it:
+    it gives a row of NaN.
+    """
+    parts = (B, absmax, nested_code, nested_absmax, nested_blocksize, offset, blocksize, quant_type, shape)
+    check_rows(indices, *parts, dtype)
+    k = shape[1]
+    values = torch.empty((*indices.shape, k), dtype=dtype, device=indices.device)
+    if indices.numel():
+        weight, rows = bind(*parts), dense(indices)
+        where = (rows.data_ptr(), rows.dtype == torch.int64, rows.numel(), values.data_ptr())
+        _native.dequantize_4bit_rows(*weight.native, *where, DTYPES[dtype], *target_queue(indices.device))
+    return values

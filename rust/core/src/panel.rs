@@ -1,0 +1,79 @@
+//! Parts of a 4-bit weight, dequantized: a rectangle of it, or rows by their indices.
+//!
+//! The values are those of [`crate::blockwise::dequantize_4bit`], to the bit. Panels let an ordinary product read a weight of which
+//! no full-size copy is ever made; rows by index are an embedding.
+
+use crate::blockwise::{check_absmax, check_addresses};
+use crate::matmul4::Weight;
+use crate::{Dtype, Error, Result, Target, cpu, cuda};
+
+/// Which rows.
+#[derive(Debug, Clone, Copy)]
+pub enum Rows {
+    /// Consecutive ones, from this one on.
+    From(usize),
+    /// Those that integers name.
+    Indices {
+        /// Address of one index a row.
+        address: u64,
+        /// Whether they are int64, not int32.
+        wide: bool,
+    },
+}
+
+/// A part of a weight.
+#[derive(Debug, Clone, Copy)]
+pub struct Panel {
+    /// Which rows.
+    pub rows: Rows,
+    /// How many.
+    pub count: usize,
+    /// The first column of each.
+    pub first_column: usize,
+    /// How many columns.
+    pub columns: usize,
+}
+
+/// Writes `count` by `columns` values. An index that names no row is an error on the CPU, before anything is written; on CUDA,
+/// where nobody waits to see it, it gives a row of NaN.
+///
+/// # Safety
+/// The addresses hold what the fields say, `out` has room for the values, all on the target's device, and nobody else moves or writes
+/// them until the work is done.
+///
+/// # Errors
+/// A null address, a part that is not within the weight, an index that names no row (CPU), a driver failure.
+pub unsafe fn dequantize(weight: Weight, panel: Panel, dtype: Dtype, out: u64, target: Target) -> Result<()> {
+    let elements = weight.blocks(dtype)?.n;
+    let within = |first: usize, count: usize, size: usize| first.checked_add(count).is_some_and(|end| end <= size);
+    if !within(panel.first_column, panel.columns, weight.k) {
+        let got = format!("{} from {} on", panel.columns, panel.first_column);
+        return Err(Error::argument("columns", got, format!("a part of {}", weight.k)));
+    }
+    if let Rows::From(first) = panel.rows
+        && !within(first, panel.count, weight.n)
+    {
+        return Err(Error::argument(
+            "rows",
+            format!("{} from {first} on", panel.count),
+            format!("a part of {}", weight.n),
+        ));
+    }
+    let values = panel.count.checked_mul(panel.columns).filter(|&values| values <= isize::MAX as usize / 8);
+    let values =
+        values.ok_or_else(|| Error::argument("indices", panel.count, "a result that fits the address space"))?;
+    check_addresses(elements, &[("B", weight.codes)])?;
+    check_absmax(elements, weight.absmax)?;
+    check_addresses(values, &[("out", out)])?;
+    if let Rows::Indices { address, .. } = panel.rows {
+        check_addresses(panel.count, &[("indices", address)])?;
+    }
+    // SAFETY: the caller's promise, handed on.
+    unsafe {
+        match target {
+            Target::Cpu { threads } => cpu::panel::dequantize(weight, panel, dtype, out, threads),
+            Target::Cuda { .. } if values == 0 => Ok(()),
+            Target::Cuda { device, stream } => cuda::panel::dequantize(weight, panel, dtype, out, device, stream),
+        }
+    }
+}
