@@ -71,13 +71,17 @@ pub struct Wide {
     pub code_slots: u32,
     /// Slots of 64 columns of tokens.
     pub token_slots: u32,
+    /// Microseconds of 64 columns of a tile on an H200, and of its end.
+    pub step_us: f64,
+    /// See `step_us`.
+    pub tile_us: f64,
 }
 
 /// All of them.
 pub const WIDE: [Wide; 3] = [
-    Wide { columns: 64, code_slots: 3, token_slots: 12 },
-    Wide { columns: 128, code_slots: 3, token_slots: 6 },
-    Wide { columns: 256, code_slots: 3, token_slots: 3 },
+    Wide { columns: 64, code_slots: 3, token_slots: 12, step_us: 0.42, tile_us: 1.0 },
+    Wide { columns: 128, code_slots: 3, token_slots: 6, step_us: 0.466, tile_us: 1.5 },
+    Wide { columns: 256, code_slots: 3, token_slots: 3, step_us: 0.725, tile_us: 2.0 },
 ];
 
 /// Template arguments of matmul4_mid.cu, and what an instance takes on an H200.

@@ -1,6 +1,7 @@
 //! Launches of quantize.cu, dequantize.cu and double_quant.cu.
 
-use super::launch::{Grid, Kernel, Launch, arguments};
+use super::kernel::Kernel;
+use super::launch::{Grid, Launch, arguments};
 use crate::blockwise::{Absmax, Blocks};
 use crate::double_quant::{MAX_SUMS, MAXIMA_OFFSET, NESTED_BLOCKSIZE, Nested};
 use crate::{QuantType, Result};

@@ -9,7 +9,8 @@ use cudarc::driver::sys::CUdevice_attribute as Attribute;
 
 use super::driver::{check, driver, driver_version};
 use super::image;
-use super::launch::{Function, Kernel};
+use super::kernel::Kernel;
+use super::launch::Function;
 use crate::{Error, Result};
 
 const MAX_DEVICES: usize = 64;

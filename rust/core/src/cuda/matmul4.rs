@@ -1,12 +1,14 @@
 //! Launches of matmul4_plain.cu, matmul4_mma.cu, matmul4_skinny.cu, matmul4_mid.cu and matmul4_wgmma.cu.
 
 use super::device::device;
-use super::launch::{Grid, Kernel, Launch};
-use super::matmul4_choice::{self as choice, Path};
+use super::kernel::Kernel;
+use super::launch::{Grid, Launch, arguments};
+use super::matmul4_choice as choice;
+use super::product::{Product, mid_tiles, wide_tiles};
 use super::tensor_map::{Element, Matrix, TensorMap};
 use crate::blockwise::Absmax;
 use crate::matmul4::{Rows, Weight};
-use crate::matmul4_instances::{MID, SKINNY, STAGE, Skinny, Tokens, WIDE};
+use crate::matmul4_instances::{MID, SKINNY, STAGE, WIDE};
 use crate::{Dtype, Result};
 
 /// kernels/matmul4.cuh
@@ -81,8 +83,8 @@ struct WideProblem {
     quant_type: i32,
 }
 
-/// Rows of W in a box of matmul4_wgmma.cu, and of a cluster of two blocks.
-const WIDE_ROWS: usize = 128;
+/// Rows of W in a box of matmul4_wgmma.cu: those of a block.
+const WIDE_ROWS: u32 = 128;
 
 /// The weight's codes and scales as boxes of `rows` rows and 256 columns.
 fn weight_matrices(weight: &Weight, rows: u32) -> [Matrix; 2] {
@@ -139,20 +141,21 @@ pub unsafe fn matmul_4bit(weight: Weight, rows: Rows, ordinal: usize, stream: u6
     let device = device(ordinal)?;
     choice::check_forced()?;
     let tensor_cores = device.major >= 8 && fits_tensor_cores(&weight, &rows);
-    let path = if tensor_cores && device.target == "sm_90a" && fits_hopper(&weight, &rows) {
-        choice::on_hopper(rows.m, weight.n, weight.k, device.multiprocessors as usize)
+    let multiprocessors = device.multiprocessors as usize;
+    let product = if tensor_cores && device.target == "sm_90a" && fits_hopper(&weight, &rows) {
+        choice::on_hopper(rows.m, weight.n, weight.k, multiprocessors)
     } else {
         choice::elsewhere(rows.m, tensor_cores)
     };
+    let Some(product) = product else { return Ok(false) };
+    let call = Call { weight: &weight, rows: &rows, product, device: ordinal, stream, multiprocessors };
     // SAFETY: the caller's promise, handed on.
     unsafe {
-        match path {
-            Path::Plain => plain(&weight, &rows, None, ordinal, stream)?,
-            Path::Mma => plain(&weight, &rows, Some(rows.m.div_ceil(8) - 1), ordinal, stream)?,
-            Path::Skinny(instance) => skinny(&weight, &rows, instance, ordinal, stream)?,
-            Path::Mid(instance) => mid(&weight, &rows, instance, device.multiprocessors, ordinal, stream)?,
-            Path::Wide(instance) => wide(&weight, &rows, instance, device.multiprocessors, ordinal, stream)?,
-            Path::Panels => return Ok(false),
+        match product {
+            Product::Plain | Product::Mma(_) => call.plain()?,
+            Product::Skinny(instance) => call.skinny(instance)?,
+            Product::Mid(instance) => call.mid(instance)?,
+            Product::Wide(instance) => call.wide(instance)?,
         }
     }
     Ok(true)
@@ -163,70 +166,97 @@ fn describe(weight: &Weight, rows: &Rows) -> String {
     format!("{m} x {k} of {} by {n} x {k} in blocks of {}", rows.dtype.suffix(), weight.blocksize)
 }
 
-/// matmul4_plain.cu, or an instance of matmul4_mma.cu.
-unsafe fn plain(weight: &Weight, rows: &Rows, mma: Option<usize>, device: usize, stream: u64) -> Result<()> {
-    let absmax = match weight.absmax {
-        Absmax::Plain(absmax) => absmax,
-        Absmax::Nested { codes, .. } => codes,
-    };
-    let problem = PlainProblem {
-        x: rows.x,
-        codes: weight.codes,
-        absmax,
-        nested: NestedSource::new(weight.absmax),
-        bias: rows.bias,
-        y: rows.out,
-        m: rows.m as i64,
-        n: weight.n as i64,
-        k: weight.k as i64,
-        log2_blocksize: weight.blocksize.trailing_zeros() as i32,
-        quant_type: weight.quant_type as i32,
-    };
-    let (dtype, nested) = (rows.dtype, is_nested(weight));
-    // Rows of a block at a time: one a warp, or a tile.
-    let (kernel, block_rows) = match mma {
-        None => (Kernel::Plain4 { dtype, nested }, 8),
-        Some(instance) => (Kernel::Mma4 { instance, dtype, nested }, 16),
-    };
-    let grid = Grid::Resident(weight.n.div_ceil(block_rows) as u64);
-    let launch = Launch { device, stream, kernel, grid, describe: &|| describe(weight, rows) };
-    // SAFETY: the parameter of either file's kernels; memory by the caller's promise.
-    unsafe { launch.run(&mut [std::ptr::from_ref(&problem).cast_mut().cast()]) }
+/// One product, with what its launch needs.
+struct Call<'a> {
+    weight: &'a Weight,
+    rows: &'a Rows,
+    product: Product,
+    device: usize,
+    stream: u64,
+    multiprocessors: usize,
 }
 
-unsafe fn skinny(weight: &Weight, rows: &Rows, instance: usize, device: usize, stream: u64) -> Result<()> {
-    let shape: &Skinny = &SKINNY[instance];
-    let tile = 16 * shape.sixteens;
-    let [codes, scales] = weight_matrices(weight, tile);
-    let problem = SkinnyProblem {
-        codes: codes.map()?,
-        scales: scales.map()?,
-        tokens: token_matrix(weight, rows, 8 * shape.eights).map()?,
-        x: rows.x,
-        nested: NestedSource::new(weight.absmax),
-        bias: rows.bias,
-        y: rows.out,
-        m: rows.m as i32,
-        n: weight.n as i32,
-        k: weight.k as i32,
-        log2_blocksize: weight.blocksize.trailing_zeros() as i32,
-        quant_type: weight.quant_type as i32,
-        ahead: shape.depth as i32,
-        early: 0,
-    };
-    debug_assert!(
-        !matches!(shape.tokens, Tokens::Held(stages) if weight.k.div_ceil(STAGE) != (stages * shape.split) as usize)
-    );
-    let groups = (shape.warps / shape.split) as usize;
-    let launch = Launch {
-        device,
-        stream,
-        kernel: Kernel::Skinny4 { instance, dtype: rows.dtype, nested: is_nested(weight) },
-        grid: Grid::Overlapping(weight.n.div_ceil(tile as usize).div_ceil(groups) as u64),
-        describe: &|| describe(weight, rows),
-    };
-    // SAFETY: the parameter of matmul4_skinny.cu's kernels; memory by the caller's promise.
-    unsafe { launch.run(&mut [std::ptr::from_ref(&problem).cast_mut().cast()]) }
+impl Call<'_> {
+    /// # Safety
+    /// `problem` is the parameter of the product's kernels, with addresses by the promise of [`matmul_4bit`].
+    unsafe fn launch<T>(&self, problem: T, grid: Grid) -> Result<()> {
+        let (weight, rows) = (self.weight, self.rows);
+        let nested = matches!(weight.absmax, Absmax::Nested { .. });
+        let launch = Launch {
+            device: self.device,
+            stream: self.stream,
+            kernel: Kernel::Matmul4 { product: self.product, dtype: rows.dtype, nested },
+            grid,
+            describe: &|| describe(weight, rows),
+        };
+        // SAFETY: the caller's promise.
+        unsafe { launch.run(arguments![problem]) }
+    }
+
+    unsafe fn plain(&self) -> Result<()> {
+        let (weight, rows) = (self.weight, self.rows);
+        let problem = PlainProblem {
+            x: rows.x,
+            codes: weight.codes,
+            absmax: match weight.absmax {
+                Absmax::Plain(absmax) => absmax,
+                Absmax::Nested { codes, .. } => codes,
+            },
+            nested: NestedSource::new(weight.absmax),
+            bias: rows.bias,
+            y: rows.out,
+            m: rows.m as i64,
+            n: weight.n as i64,
+            k: weight.k as i64,
+            log2_blocksize: weight.blocksize.trailing_zeros() as i32,
+            quant_type: weight.quant_type as i32,
+        };
+        // Rows of a block at a time: one a warp, or a tile.
+        let block_rows = if self.product == Product::Plain { 8 } else { 16 };
+        // SAFETY: the parameter of matmul4_plain.cu's and matmul4_mma.cu's kernels; memory by the caller's promise.
+        unsafe { self.launch(problem, Grid::Resident(weight.n.div_ceil(block_rows) as u64)) }
+    }
+
+    unsafe fn skinny(&self, instance: usize) -> Result<()> {
+        let (weight, rows, shape) = (self.weight, self.rows, SKINNY[instance]);
+        let tile = 16 * shape.sixteens;
+        let [codes, scales] = weight_matrices(weight, tile);
+        let problem = SkinnyProblem {
+            codes: codes.map()?,
+            scales: scales.map()?,
+            tokens: token_matrix(weight, rows, 8 * shape.eights).map()?,
+            x: rows.x,
+            nested: NestedSource::new(weight.absmax),
+            bias: rows.bias,
+            y: rows.out,
+            m: rows.m as i32,
+            n: weight.n as i32,
+            k: weight.k as i32,
+            log2_blocksize: weight.blocksize.trailing_zeros() as i32,
+            quant_type: weight.quant_type as i32,
+            ahead: shape.depth as i32,
+            early: 0,
+        };
+        let groups = (shape.warps / shape.split) as usize;
+        let grid = Grid::Overlapping(weight.n.div_ceil(tile as usize).div_ceil(groups) as u64);
+        // SAFETY: the parameter of matmul4_skinny.cu's kernels; memory by the caller's promise.
+        unsafe { self.launch(problem, grid) }
+    }
+
+    unsafe fn mid(&self, instance: usize) -> Result<()> {
+        let (shape, split) = (MID[instance], MID[instance].split as usize);
+        let problem = problem(self.weight, self.rows, 64 * shape.groups, shape.columns)?;
+        let clusters = mid_tiles(instance, self.rows.m, self.weight.n).min(self.multiprocessors / split);
+        // SAFETY: the parameter of matmul4_mid.cu's kernels; memory by the caller's promise.
+        unsafe { self.launch(problem, Grid::Overlapping((clusters * split) as u64)) }
+    }
+
+    unsafe fn wide(&self, instance: usize) -> Result<()> {
+        let problem = problem(self.weight, self.rows, WIDE_ROWS, WIDE[instance].columns / 2)?;
+        let clusters = wide_tiles(instance, self.rows.m, self.weight.n).min(self.multiprocessors / 2);
+        // SAFETY: the parameter of matmul4_wgmma.cu's kernels; memory by the caller's promise.
+        unsafe { self.launch(problem, Grid::Overlapping(2 * clusters as u64)) }
+    }
 }
 
 /// The problem of a kernel whose boxes have so many rows and tokens.
@@ -245,52 +275,4 @@ fn problem(weight: &Weight, rows: &Rows, box_rows: u32, box_tokens: u32) -> Resu
         log2_blocksize: weight.blocksize.trailing_zeros() as i32,
         quant_type: weight.quant_type as i32,
     })
-}
-
-unsafe fn mid(
-    weight: &Weight,
-    rows: &Rows,
-    instance: usize,
-    multiprocessors: u32,
-    device: usize,
-    stream: u64,
-) -> Result<()> {
-    let shape = MID[instance];
-    let problem = problem(weight, rows, 64 * shape.groups, shape.columns)?;
-    let clusters = choice::mid_tiles(instance, rows.m, weight.n).min((multiprocessors / shape.split) as usize);
-    let launch = Launch {
-        device,
-        stream,
-        kernel: Kernel::Mid4 { instance, dtype: rows.dtype, nested: is_nested(weight) },
-        grid: Grid::Overlapping((clusters * shape.split as usize) as u64),
-        describe: &|| describe(weight, rows),
-    };
-    // SAFETY: the parameter of matmul4_mid.cu's kernels; memory by the caller's promise.
-    unsafe { launch.run(&mut [std::ptr::from_ref(&problem).cast_mut().cast()]) }
-}
-
-unsafe fn wide(
-    weight: &Weight,
-    rows: &Rows,
-    instance: usize,
-    multiprocessors: u32,
-    device: usize,
-    stream: u64,
-) -> Result<()> {
-    let columns = WIDE[instance].columns;
-    let problem = problem(weight, rows, WIDE_ROWS as u32, columns / 2)?;
-    let clusters = weight.n.div_ceil(2 * WIDE_ROWS) * rows.m.div_ceil(columns as usize);
-    let launch = Launch {
-        device,
-        stream,
-        kernel: Kernel::Wide4 { instance, dtype: rows.dtype, nested: is_nested(weight) },
-        grid: Grid::Overlapping(2 * clusters.min(multiprocessors as usize / 2) as u64),
-        describe: &|| describe(weight, rows),
-    };
-    // SAFETY: the parameter of matmul4_wgmma.cu's kernels; memory by the caller's promise.
-    unsafe { launch.run(&mut [std::ptr::from_ref(&problem).cast_mut().cast()]) }
-}
-
-fn is_nested(weight: &Weight) -> bool {
-    matches!(weight.absmax, Absmax::Nested { .. })
 }

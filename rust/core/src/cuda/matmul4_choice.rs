@@ -1,70 +1,37 @@
-//! Which kernel multiplies with a 4-bit weight: the one rule.
+//! Which kernel multiplies with a 4-bit weight: the one rule. `None` means that the caller dequantizes panels of the weight and
+//! multiplies with torch's own product.
 
 use std::sync::OnceLock;
 
-use crate::matmul4_instances::{MID, SKINNY, STAGE, Tokens, WIDE};
+use super::product::{MMA, Product, mid_tiles, wide_tiles};
+use crate::matmul4_instances::{MID, SKINNY, STAGE, WIDE};
 use crate::{Error, Result};
 
-/// A way to multiply.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Path {
-    /// matmul4_plain.cu.
-    Plain,
-    /// matmul4_mma.cu.
-    Mma,
-    /// An instance of matmul4_skinny.cu.
-    Skinny(usize),
-    /// An instance of matmul4_mid.cu.
-    Mid(usize),
-    /// An instance of matmul4_wgmma.cu.
-    Wide(usize),
-    /// The caller dequantizes panels and multiplies with torch's own product.
-    Panels,
-}
-
-/// The path for `m` tokens and a weight of `n` x `k` on Hopper.
-pub fn on_hopper(m: usize, n: usize, k: usize, multiprocessors: usize) -> Path {
-    if let Some(path) = forced(m, n, k, multiprocessors) {
-        return path;
+/// For `m` tokens and a weight of `n` x `k` on Hopper: the shortest of the estimates below.
+pub fn on_hopper(m: usize, n: usize, k: usize, multiprocessors: usize) -> Option<Product> {
+    if let Some(forced) = forced(m, n, k, multiprocessors) {
+        return forced;
     }
     if m <= 8 {
-        return Path::Skinny(skinny(m, n, k));
+        return Some(Product::Skinny(skinny(m, n, k)));
     }
-    let sixteen = (m <= 16).then(|| (Path::Skinny(skinny(m, n, k)), 3.6 + 0.34e-6 * (n * k) as f64));
-    let mid = (0..MID.len()).filter_map(|i| Some((Path::Mid(i), mid_us(i, m, n, k, multiprocessors)?)));
-    let wide = (0..WIDE.len()).map(|i| (Path::Wide(i), wide_us(i, m, n, k, multiprocessors)));
-    let candidates = sixteen.into_iter().chain(mid).chain(wide).chain([(Path::Panels, panels_us(m, n, k))]);
-    candidates.min_by(|a, b| a.1.total_cmp(&b.1)).map_or(Path::Panels, |(path, _)| path)
+    let sixteen = (m <= 16).then(|| (Some(Product::Skinny(skinny(m, n, k))), 3.6 + 0.34e-6 * (n * k) as f64));
+    let others = (0..MID.len()).map(Product::Mid).chain((0..WIDE.len()).map(Product::Wide));
+    let others = others
+        .filter(|product| product.takes(m, n, k, multiprocessors))
+        .map(|product| (Some(product), microseconds(product, m, n, k, multiprocessors)));
+    let panels = (None, panels_us(m, n, k));
+    sixteen.into_iter().chain(others).fold(panels, |best, next| if next.1 < best.1 { next } else { best }).0
 }
 
-/// The path where Hopper's kernels do not take the problem, with or without tensor cores.
-pub fn elsewhere(m: usize, tensor_cores: bool) -> Path {
+/// Where Hopper's kernels do not take the problem, with or without tensor cores.
+pub fn elsewhere(m: usize, tensor_cores: bool) -> Option<Product> {
+    let mma = (tensor_cores && m <= 8 * MMA).then(|| Product::Mma(m.div_ceil(8) - 1));
     match forced_name() {
-        Some("panels") => Path::Panels,
-        Some("plain") => Path::Plain,
-        _ if tensor_cores && m <= 16 => Path::Mma,
-        _ if m <= 8 => Path::Plain,
-        _ => Path::Panels,
+        Some(PANELS) => None,
+        Some("plain") => Some(Product::Plain),
+        _ => mma.or_else(|| (m <= 8).then_some(Product::Plain)),
     }
-}
-
-/// Tiles of an instance of matmul4_mid.cu.
-pub fn mid_tiles(instance: usize, m: usize, n: usize) -> usize {
-    n.div_ceil(64 * MID[instance].groups as usize) * m.div_ceil(MID[instance].columns as usize)
-}
-
-/// Microseconds of matmul4_mid.cu on an H200, or `None` where it does not take the problem: blocks that share a tile have only one.
-fn mid_us(instance: usize, m: usize, n: usize, k: usize, multiprocessors: usize) -> Option<f64> {
-    let shape = MID[instance];
-    let (tiles, split) = (mid_tiles(instance, m, n), shape.split as usize);
-    let places = multiprocessors / split;
-    if split > 1 && tiles > places {
-        return None;
-    }
-    let steps = (k.div_ceil(STAGE).div_ceil(split) * STAGE / 64) as f64;
-    // With every multiprocessor at work, memory slows each by a tenth.
-    let crowd = if tiles * split * 2 > multiprocessors { 1.1 } else { 1.0 };
-    Some(shape.fixed_us + tiles.div_ceil(places) as f64 * steps * shape.step_us * crowd)
 }
 
 /// Instances of matmul4_skinny.cu, measured on an H200 (times the floor, of the best two):
@@ -74,29 +41,35 @@ fn mid_us(instance: usize, m: usize, n: usize, k: usize, multiprocessors: usize)
 /// | 1 | small 2.8, held 2.9 | large 1.9, small 2.0 | small 1.7, large 2.0 | small 1.7, held 1.7 | held 1.3, large 1.4 | large 1.2, small 1.4 |
 /// | 8 | copied8 2.8, copied4 3.0 | copied4 1.9, copied8 2.0 | copied8 1.7, copied4 2.0 | copied 1.7, held 1.9 | held 1.3, copied8 1.4 | copied8 1.4, copied4 1.4 |
 fn skinny(m: usize, n: usize, k: usize) -> usize {
-    let held = k > (STAGE * 31) && k.div_ceil(STAGE) == 32;
     let name = match m {
         9.. => "sixteen",
-        _ if held && n >= 16384 => "held",
+        _ if k.div_ceil(STAGE) == 32 && n >= 16384 => "held",
         3.. if n > 8192 && k <= 4096 => "copied4",
         3.. => "copied8",
         _ if n * k >= 160 << 20 => "large",
         _ => "small",
     };
-    by_name(name).unwrap_or(0)
+    SKINNY.iter().position(|instance| instance.name == name).unwrap_or(0)
 }
 
-fn by_name(name: &str) -> Option<usize> {
-    SKINNY.iter().position(|instance| instance.name == name)
-}
-
-/// Microseconds of matmul4_wgmma.cu on an H200: so many rounds of tiles, each of so many steps of 64 columns, and what comes before
-/// and after. Measured at k = 4096 and 14336.
-fn wide_us(instance: usize, m: usize, n: usize, k: usize, multiprocessors: usize) -> f64 {
-    let (step, tile) = [(0.42, 1.0), (0.466, 1.5), (0.725, 2.0)][instance];
-    let tiles = n.div_ceil(256) * m.div_ceil(WIDE[instance].columns as usize);
-    let rounds = tiles.div_ceil(multiprocessors / 2) as f64;
-    4.0 + rounds * (tile + step * k.div_ceil(64) as f64)
+/// Microseconds on an H200: so many rounds of tiles, each of so many steps of 64 columns, and what comes before and after. The
+/// constants were measured at k = 4096 and 14336.
+fn microseconds(product: Product, m: usize, n: usize, k: usize, multiprocessors: usize) -> f64 {
+    match product {
+        Product::Mid(instance) => {
+            let (shape, tiles) = (MID[instance], mid_tiles(instance, m, n));
+            let split = shape.split as usize;
+            let steps = (k.div_ceil(STAGE).div_ceil(split) * STAGE / 64) as f64;
+            // With every multiprocessor at work, memory slows each by a tenth.
+            let crowd = if tiles * split * 2 > multiprocessors { 1.1 } else { 1.0 };
+            shape.fixed_us + tiles.div_ceil(multiprocessors / split) as f64 * steps * shape.step_us * crowd
+        }
+        Product::Wide(instance) => {
+            let rounds = wide_tiles(instance, m, n).div_ceil(multiprocessors / 2) as f64;
+            4.0 + rounds * (WIDE[instance].tile_us + WIDE[instance].step_us * k.div_ceil(64) as f64)
+        }
+        _ => f64::INFINITY,
+    }
 }
 
 /// The same for panels: dequantization at 1.07 times its floor, then the product in 16 bits at 4 TB/s or 770 TFLOP/s.
@@ -107,51 +80,61 @@ fn panels_us(m: usize, n: usize, k: usize) -> f64 {
     dequantize + 4.0 + product
 }
 
+const PANELS: &str = "panels";
+
 /// The environment variable `FEWBITS_MATMUL4`, read once.
 fn forced_name() -> Option<&'static str> {
     static NAME: OnceLock<Option<String>> = OnceLock::new();
     NAME.get_or_init(|| std::env::var("FEWBITS_MATMUL4").ok()).as_deref()
 }
 
-/// The names that `FEWBITS_MATMUL4` may have.
-fn names() -> Vec<String> {
-    let fixed = ["panels", "plain", "mma"].map(String::from);
-    let skinny = SKINNY.iter().map(|instance| instance.name.to_string());
-    let mid = MID.iter().map(|instance| format!("mid{}", instance.name()));
-    let wide = WIDE.iter().map(|instance| format!("wide{}", instance.columns));
-    fixed.into_iter().chain(skinny).chain(mid).chain(wide).collect()
+fn by_name(name: &str) -> Option<Product> {
+    Product::all().find(|product| product.name() == name)
 }
 
-/// Raises unless `FEWBITS_MATMUL4` is absent or names a path.
+/// Raises unless `FEWBITS_MATMUL4` is absent, `panels`, or the name of a kernel.
 pub fn check_forced() -> Result<()> {
     static KNOWN: OnceLock<bool> = OnceLock::new();
     let Some(name) = forced_name() else { return Ok(()) };
-    if *KNOWN.get_or_init(|| names().iter().any(|known| known == name)) {
+    if *KNOWN.get_or_init(|| name == PANELS || by_name(name).is_some()) {
         return Ok(());
     }
-    Err(Error::argument("FEWBITS_MATMUL4", name, format!("one of {}", names().join(", "))))
+    let known: Vec<String> = Product::all().map(Product::name).collect();
+    Err(Error::argument("FEWBITS_MATMUL4", name, format!("{PANELS} or one of {}", known.join(", "))))
 }
 
-/// The path that `FEWBITS_MATMUL4` names, or `None` where its kernel does not take the problem.
-fn forced(m: usize, n: usize, k: usize, multiprocessors: usize) -> Option<Path> {
+/// What `FEWBITS_MATMUL4` asks for, unless its kernel does not take the problem.
+fn forced(m: usize, n: usize, k: usize, multiprocessors: usize) -> Option<Option<Product>> {
     let name = forced_name()?;
-    match name {
-        "panels" => return Some(Path::Panels),
-        "plain" => return Some(Path::Plain),
-        "mma" => return (m <= 16).then_some(Path::Mma),
-        _ => {}
+    if name == PANELS {
+        return Some(None);
     }
-    if let Some(instance) = WIDE.iter().position(|wide| name == format!("wide{}", wide.columns)) {
-        return Some(Path::Wide(instance));
+    by_name(name).filter(|product| product.takes(m, n, k, multiprocessors)).map(Some)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn indices_and_names_are_distinct() {
+        let names: std::collections::HashSet<String> = Product::all().map(Product::name).collect();
+        assert_eq!(names.len(), Product::COUNT);
+        assert!(Product::all().map(Product::index).eq(0..Product::COUNT));
     }
-    if let Some(instance) = MID.iter().position(|mid| name == format!("mid{}", mid.name())) {
-        return mid_us(instance, m, n, k, multiprocessors).map(|_| Path::Mid(instance));
+
+    #[test]
+    fn a_choice_takes_the_problem() {
+        for (n, k) in [(1, 64), (300, 512), (4096, 4096), (14336, 4096), (4096, 14336), (28672, 8192), (128_256, 8192)]
+        {
+            for m in [1, 2, 3, 8, 9, 16, 17, 64, 65, 128, 500, 4096, 100_000] {
+                for multiprocessors in [16, 78, 132] {
+                    let product = on_hopper(m, n, k, multiprocessors);
+                    assert!(product.is_none_or(|p| p.takes(m, n, k, multiprocessors)), "{m} {n} {k}: {product:?}");
+                    let few = m <= 64 && multiprocessors == 132;
+                    assert!(!few || product.is_some(), "few tokens never need panels on the GPU measured: {m} {n} {k}");
+                }
+            }
+        }
     }
-    let instance = by_name(name)?;
-    let shape = SKINNY[instance];
-    let held = match shape.tokens {
-        Tokens::Held(stages) => k.div_ceil(STAGE) == (stages * shape.split) as usize,
-        _ => true,
-    };
-    (m <= 8 * shape.eights as usize && held).then_some(Path::Skinny(instance))
 }

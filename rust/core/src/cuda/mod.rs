@@ -6,10 +6,12 @@ pub(crate) mod blockwise;
 mod device;
 mod driver;
 mod image;
+mod kernel;
 mod launch;
 pub(crate) mod matmul4;
 mod matmul4_choice;
 pub(crate) mod panel;
+mod product;
 mod tensor_map;
 
 pub use device::{DeviceInfo, devices};

@@ -1,6 +1,7 @@
 //! Launches of panel.cu.
 
-use super::launch::{Grid, Kernel, Launch, arguments};
+use super::kernel::Kernel;
+use super::launch::{Grid, Launch, arguments};
 use crate::blockwise::Absmax;
 use crate::matmul4::Weight;
 use crate::panel::{Panel, Rows};

@@ -1,0 +1,104 @@
+//! The kernels: their names, files and sizes.
+
+use super::product::Product;
+use crate::Dtype;
+use crate::matmul4_instances::SCALES;
+
+/// A kernel.
+#[derive(Debug, Clone, Copy)]
+pub enum Kernel {
+    /// quantize.cu
+    Quantize4(Dtype),
+    /// quantize.cu
+    Quantize8(Dtype),
+    /// dequantize.cu
+    Dequantize4(Dtype),
+    /// dequantize.cu
+    Dequantize4Nested(Dtype),
+    /// dequantize.cu
+    Dequantize8(Dtype),
+    /// panel.cu
+    Panel(Dtype),
+    /// panel.cu
+    PanelNested(Dtype),
+    /// double_quant.cu
+    QuantizeAbsmax,
+    /// matmul4_*.cu
+    Matmul4 {
+        /// Which of them.
+        product: Product,
+        /// Type of the activations.
+        dtype: Dtype,
+        /// Whether the scales are.
+        nested: bool,
+    },
+}
+
+impl Kernel {
+    /// How many there are.
+    pub const COUNT: usize = Self::MATMUL4 + Product::COUNT * Dtype::ALL.len() * 2;
+    const MATMUL4: usize = 7 * Dtype::ALL.len() + 1;
+
+    /// Its place in a device's table.
+    pub fn index(self) -> usize {
+        let types = Dtype::ALL.len();
+        match self {
+            Self::Quantize4(dtype) => dtype as usize,
+            Self::Quantize8(dtype) => types + dtype as usize,
+            Self::Dequantize4(dtype) => 2 * types + dtype as usize,
+            Self::Dequantize4Nested(dtype) => 3 * types + dtype as usize,
+            Self::Dequantize8(dtype) => 4 * types + dtype as usize,
+            Self::Panel(dtype) => 5 * types + dtype as usize,
+            Self::PanelNested(dtype) => 6 * types + dtype as usize,
+            Self::QuantizeAbsmax => 7 * types,
+            Self::Matmul4 { product, dtype, nested } => {
+                Self::MATMUL4 + (product.index() * types + dtype as usize) * 2 + usize::from(nested)
+            }
+        }
+    }
+
+    /// Its file, without the ending.
+    pub fn family(self) -> &'static str {
+        match self {
+            Self::Quantize4(_) | Self::Quantize8(_) => "quantize",
+            Self::Dequantize4(_) | Self::Dequantize4Nested(_) | Self::Dequantize8(_) => "dequantize",
+            Self::Panel(_) | Self::PanelNested(_) => "panel",
+            Self::QuantizeAbsmax => "double_quant",
+            Self::Matmul4 { product, .. } => product.family(),
+        }
+    }
+
+    /// Its name in the source.
+    pub fn name(self) -> String {
+        match self {
+            Self::Quantize4(dtype) => format!("quantize_4bit_{}", dtype.suffix()),
+            Self::Quantize8(dtype) => format!("quantize_8bit_{}", dtype.suffix()),
+            Self::Dequantize4(dtype) => format!("dequantize_4bit_{}", dtype.suffix()),
+            Self::Dequantize4Nested(dtype) => format!("dequantize_4bit_nested_{}", dtype.suffix()),
+            Self::Dequantize8(dtype) => format!("dequantize_8bit_{}", dtype.suffix()),
+            Self::Panel(dtype) => format!("dequantize_4bit_panel_{}", dtype.suffix()),
+            Self::PanelNested(dtype) => format!("dequantize_4bit_panel_nested_{}", dtype.suffix()),
+            Self::QuantizeAbsmax => "quantize_absmax".to_string(),
+            Self::Matmul4 { product, dtype, nested } => {
+                format!("matmul4_{}_{}_{}", product.name(), dtype.suffix(), SCALES[usize::from(nested)])
+            }
+        }
+    }
+
+    /// Threads of a block; the sources' `THREADS`.
+    pub fn threads(self) -> u32 {
+        match self {
+            Self::Quantize4(_) | Self::Quantize8(_) | Self::QuantizeAbsmax => 512,
+            Self::Matmul4 { product, .. } => product.threads(),
+            _ => 256,
+        }
+    }
+
+    /// Bytes of shared memory that a launch asks for.
+    pub fn shared_bytes(self) -> u32 {
+        match self {
+            Self::Matmul4 { product, .. } => product.shared_bytes(),
+            _ => 0,
+        }
+    }
+}
