@@ -22,7 +22,7 @@ use crate::{QuantType, Result};
 static DYNAMIC: LazyLock<[f32; 256]> = LazyLock::new(|| dynamic_map(true));
 
 /// The scale of a block.
-enum Scales {
+pub(super) enum Scales {
     Plain(*const f32),
     Nested { codes: *const u8, code: Box<[f32; 256]>, absmax: *const f32, blocksize: usize, offset: f32 },
 }
@@ -31,7 +31,9 @@ enum Scales {
 unsafe impl Sync for Scales {}
 
 impl Scales {
-    unsafe fn new(absmax: Absmax) -> Self {
+    /// # Safety
+    /// The addresses hold the maxima of a tensor's blocks, for as long as the value lives.
+    pub(super) unsafe fn new(absmax: Absmax) -> Self {
         match absmax {
             Absmax::Plain(absmax) => Self::Plain(absmax as *const f32),
             Absmax::Nested { codes, code, absmax, blocksize, offset } => Self::Nested {
@@ -46,8 +48,10 @@ impl Scales {
         }
     }
 
+    /// # Safety
+    /// `block` is a block of the tensor.
     #[inline(always)]
-    unsafe fn get(&self, block: usize) -> f32 {
+    pub(super) unsafe fn get(&self, block: usize) -> f32 {
         // SAFETY: the caller asks for blocks of the tensor only, and the arrays have one entry for each.
         unsafe {
             match self {
@@ -61,46 +65,71 @@ impl Scales {
     }
 }
 
-/// Blocks `first..last` of a 4-bit tensor of `n` elements.
-struct Part4<'a, T> {
-    codes: *const u8,
-    values: &'a [f32; 16],
-    scales: &'a Scales,
-    out: *mut T,
-    first: usize,
-    last: usize,
-    blocks: Blocks,
+impl Scales {
+    /// The scales of `count` blocks side by side: where they are, or decoded to `scratch`.
+    ///
+    /// # Safety
+    /// The blocks from `first` on are blocks of the tensor.
+    pub(super) unsafe fn run(&self, first: usize, count: usize, scratch: &mut Vec<f32>) -> *const f32 {
+        if let Self::Plain(absmax) = self {
+            return absmax.wrapping_add(first);
+        }
+        scratch.clear();
+        // SAFETY: the caller's promise.
+        scratch.extend((first..first + count).map(|block| unsafe { self.get(block) }));
+        scratch.as_ptr()
+    }
 }
 
+/// A 4-bit tensor.
+pub(super) struct Tensor4<'a> {
+    pub codes: *const u8,
+    pub values: &'a [f32; 16],
+    pub scales: &'a Scales,
+    pub blocksize: usize,
+}
+
+// SAFETY: the pointer is to memory that the caller lends for reading, from any thread, until the call is over.
+unsafe impl Sync for Tensor4<'_> {}
+
+/// Elements `start..end`, which need not be whole blocks nor whole bytes, to `out`.
+///
+/// # Safety
+/// The tensor has `end` elements and the scales of their blocks; `out` has room for `end - start`.
 #[inline(always)]
-unsafe fn blocks_4bit<T: Lookup>(part: &Part4<T>) {
-    let Blocks { n, blocksize, .. } = part.blocks;
-    for block in part.first..part.last {
-        let start = block * blocksize;
-        // SAFETY: the block lies within the tensor, whose codes, scales and room for results the caller promised.
+pub(super) unsafe fn run_of_elements<T: Lookup>(tensor: &Tensor4, start: usize, end: usize, out: *mut T) {
+    let log2_blocksize = tensor.blocksize.trailing_zeros();
+    let mut at = start;
+    while at < end {
+        let block = at >> log2_blocksize;
+        let stop = end.min((block + 1) << log2_blocksize);
+        // SAFETY: the elements up to `stop` lie within the caller's tensor and in one block.
         unsafe {
-            let scale = part.scales.get(block);
+            let (scale, out) = (tensor.scales.get(block), out.add(at - start));
+            let codes = tensor.codes.add(at / 2);
             #[cfg(target_arch = "x86_64")]
-            if Path::chosen() == Path::Avx512
-                && n - start >= blocksize
-                && avx512::dequantize_block(
-                    part.codes.add(start / 2),
-                    part.values,
-                    scale,
-                    part.out.add(start),
-                    blocksize,
-                )
+            if at % 2 == 0
+                && (stop - at) % 32 == 0
+                && Path::chosen().is_avx512()
+                && avx512::dequantize_block(codes, tensor.values, scale, out, stop - at)
             {
+                at = stop;
                 continue;
             }
-            let results = part.values.map(|value| T::narrow(value * scale));
-            expand(part.codes.add(start / 2), &results, part.out.add(start), blocksize.min(n - start));
+            let results = tensor.values.map(|value| T::narrow(value * scale));
+            if at % 2 == 0 {
+                expand(codes, &results, out, stop - at);
+            } else {
+                out.write_unaligned(results[usize::from(*codes & 15)]);
+                expand(codes.add(1), &results, out.add(1), stop - at - 1);
+            }
         }
+        at = stop;
     }
 }
 
 multiversion! {
-    unsafe fn run_4bit[T: Lookup][T](part: &Part4<T>) => blocks_4bit
+    unsafe fn run_4bit[T: Lookup][T](tensor: &Tensor4, start: usize, end: usize, out: *mut T) => run_of_elements
 }
 
 /// # Safety
@@ -122,10 +151,12 @@ pub(crate) unsafe fn dequantize_4bit(
         threads: usize,
     ) -> Result<()> {
         pages::advise_huge(out, blocks.n * size_of::<T>());
-        pool::run(blocks.count(), blocks.blocksize * size_of::<T>(), threads, |first, last| {
-            let part = Part4 { codes: codes as *const u8, values, scales, out: out as *mut T, first, last, blocks };
-            // SAFETY: the caller's promise; parts do not overlap.
-            unsafe { run_4bit(&part) };
+        let Blocks { n, blocksize, .. } = blocks;
+        let tensor = Tensor4 { codes: codes as *const u8, values, scales, blocksize };
+        pool::run(blocks.count(), blocksize * size_of::<T>(), threads, |first, last| {
+            let (start, end) = (first * blocksize, (last * blocksize).min(n));
+            // SAFETY: the caller's promise; parts are runs of whole blocks and do not overlap.
+            unsafe { run_4bit(&tensor, start, end, (out as *mut T).wrapping_add(start)) };
         })
     }
     // SAFETY: the caller's promise; `T` is the dtype's type.
@@ -149,7 +180,7 @@ unsafe fn blocks_8bit<T: Wide>(
     blocksize: usize,
 ) {
     #[cfg(target_arch = "x86_64")]
-    let table = (Path::chosen() == Path::Avx512 && values.iter().all(|value| value.is_finite()))
+    let table = (Path::chosen().is_avx512() && values.iter().all(|value| value.is_finite()))
         // SAFETY: this path is chosen only where the processor has AVX-512.
         .then(|| unsafe { avx512::Table256::new(values) });
     for (block, start) in (0..n).step_by(blocksize).enumerate() {

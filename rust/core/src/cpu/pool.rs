@@ -1,9 +1,8 @@
 //! Threads: one pool for each number of threads that callers ask for.
 
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
-
-use rayon::prelude::*;
 
 use super::float_mode::DefaultFloatMode;
 use crate::{Error, Result};
@@ -24,11 +23,23 @@ pub fn run(units: usize, bytes_per_unit: usize, threads: usize, work: impl Fn(us
     }
     // More parts than threads, so that a thread that is late is not waited for.
     let parts = (threads * 4).min(units);
-    pool(threads)?.install(|| {
-        (0..parts).into_par_iter().with_max_len(1).for_each(|part| {
-            let _mode = DefaultFloatMode::enter();
+    let next = AtomicUsize::new(0);
+    let take_parts = || {
+        let _mode = DefaultFloatMode::enter();
+        loop {
+            let part = next.fetch_add(1, Ordering::Relaxed);
+            if part >= parts {
+                break;
+            }
             work(units * part / parts, units * (part + 1) / parts);
-        });
+        }
+    };
+    // The calling thread works too: it is awake already.
+    pool(threads - 1)?.in_place_scope(|scope| {
+        for _ in 1..threads {
+            scope.spawn(|_| take_parts());
+        }
+        take_parts();
     });
     Ok(())
 }

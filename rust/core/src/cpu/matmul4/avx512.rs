@@ -1,0 +1,328 @@
+//! Kernels with AVX-512, and with its dot products of bfloat16.
+//!
+//! For few tokens: 128 codes are loaded as words, shifts bring each nibble of a word to its low bits, and a permutation of the
+//! sixteen code values by them gives weights. The sum over `k` does not care for order, so the tokens are packed in the
+//! order that the shifts give ([`super::pack::by_nibbles`]) and the codes are used as they lie. Weights are unscaled; sums over a block are
+//! scaled in float32.
+
+use std::arch::x86_64::*;
+
+use super::few::{MOST_TOKENS, Operands};
+use super::pack::{CHUNK, PANEL};
+use super::tiles::{Kernel, STRIDE, TOKENS};
+use crate::cpu::dequantize::Tensor4;
+use crate::cpu::element::{Bf16, F32};
+
+/// Codes, and the block maxima, of rows that hold whole blocks.
+#[derive(Clone, Copy)]
+struct Row {
+    codes: *const u8,
+    scales: *const f32,
+}
+
+/// Some rows of the weight.
+struct Rows<'a> {
+    weight: &'a Tensor4<'a>,
+    k: usize,
+    first: usize,
+    scales: *const f32,
+}
+
+impl<'a> Rows<'a> {
+    /// `count` rows from `first` on; the room in `scratch` is used until they are done with.
+    ///
+    /// # Safety
+    /// The weight has these rows.
+    unsafe fn new(weight: &'a Tensor4<'a>, k: usize, first: usize, count: usize, scratch: &mut Vec<f32>) -> Self {
+        let blocks = k / weight.blocksize;
+        // SAFETY: the caller's rows have these blocks.
+        let scales = unsafe { weight.scales.run(first * blocks, count * blocks, scratch) };
+        Self { weight, k, first, scales }
+    }
+
+    /// The row `first + i`.
+    fn row(&self, i: usize) -> Row {
+        Row {
+            codes: self.weight.codes.wrapping_add((self.first + i) * self.k / 2),
+            scales: self.scales.wrapping_add(i * (self.k / self.weight.blocksize)),
+        }
+    }
+}
+
+/// Where the chunks of a row have their scales.
+struct Spread {
+    k: usize,
+    log2_blocksize: u32,
+    lanes: __m512i,
+}
+
+/// A chunk's part of a row: which of its 16 double words of codes exist, and which of the 4 scales that it may have.
+#[derive(Clone, Copy)]
+struct Present {
+    codes: __mmask16,
+    first_scale: usize,
+    scales: __mmask8,
+}
+
+impl Spread {
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+    fn new(k: usize, blocksize: usize) -> Self {
+        // Double word i of a chunk holds elements 8 i to 8 i + 7.
+        let lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+        let log2_blocksize = blocksize.trailing_zeros();
+        Self { k, log2_blocksize, lanes: _mm512_srlv_epi32(lanes, _mm512_set1_epi32(log2_blocksize as i32 - 3)) }
+    }
+
+    #[inline(always)]
+    fn present(&self, chunk: usize) -> Present {
+        let start = chunk * CHUNK;
+        let left = (self.k - start).min(CHUNK);
+        let blocks = (left + (1 << self.log2_blocksize) - 1) >> self.log2_blocksize;
+        Present {
+            codes: ((1u32 << (left / 8)) - 1) as __mmask16,
+            first_scale: start >> self.log2_blocksize,
+            scales: (1u8 << blocks) - 1,
+        }
+    }
+
+    /// # Safety
+    /// The row has the scales that are present.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+    unsafe fn scales(&self, row: Row, present: Present) -> __m512 {
+        // SAFETY: only the scales that are present are read.
+        let scales = unsafe { _mm_maskz_loadu_ps(present.scales, row.scales.add(present.first_scale)) };
+        _mm512_permutexvar_ps(self.lanes, _mm512_castps128_ps512(scales))
+    }
+}
+
+/// # Safety
+/// The row has the codes that are present.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+unsafe fn codes(row: Row, chunk: usize, present: Present) -> __m512i {
+    // SAFETY: only the codes that are present are read.
+    unsafe { _mm512_maskz_loadu_epi32(present.codes, row.codes.add(chunk * CHUNK / 2).cast()) }
+}
+
+/// `R` rows of the weight with `M` tokens in bfloat16.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+unsafe fn rows_bf16<const R: usize, const M: usize>(
+    operands: &Operands<Bf16>,
+    rows: [Row; R],
+    sums: &mut [[f32; MOST_TOKENS]],
+) {
+    let Operands { weight, k, x, stride, .. } = *operands;
+    // SAFETY: sixteen values; the tokens are padded to whole chunks; rows are the caller's promise.
+    unsafe {
+        let spread = Spread::new(k, weight.blocksize);
+        // The permutation reads five bits of an index; the table stands there twice, so the next nibble's bit does not matter.
+        let table = _mm512_cvtneps_pbh(_mm512_loadu_ps(weight.values.as_ptr()));
+        let table = _mm512_broadcast_i64x4(std::mem::transmute::<__m256bh, __m256i>(table));
+        let mut totals = [[_mm512_setzero_ps(); M]; R];
+        for chunk in 0..k.div_ceil(CHUNK) {
+            let present = spread.present(chunk);
+            let weights = rows.map(|row| {
+                let codes = codes(row, chunk, present);
+                [
+                    _mm512_permutexvar_epi16(codes, table),
+                    _mm512_permutexvar_epi16(_mm512_srli_epi16::<4>(codes), table),
+                    _mm512_permutexvar_epi16(_mm512_srli_epi16::<8>(codes), table),
+                    _mm512_permutexvar_epi16(_mm512_srli_epi16::<12>(codes), table),
+                ]
+            });
+            let scales = rows.map(|row| spread.scales(row, present));
+            for token in 0..M {
+                let x = x.add(token * stride + chunk * CHUNK);
+                let mut sum = [_mm512_setzero_ps(); R];
+                for i in 0..4 {
+                    let x = _mm512_loadu_si512(x.add(32 * i).cast());
+                    for row in 0..R {
+                        sum[row] = _mm512_dpbf16_ps(sum[row], bf16(weights[row][i]), bf16(x));
+                    }
+                }
+                for row in 0..R {
+                    totals[row][token] = _mm512_fmadd_ps(sum[row], scales[row], totals[row][token]);
+                }
+            }
+        }
+        for row in 0..R {
+            for token in 0..M {
+                sums[row][token] = _mm512_reduce_add_ps(totals[row][token]);
+            }
+        }
+    }
+}
+
+#[inline(always)]
+fn bf16(bits: __m512i) -> __m512bh {
+    // SAFETY: both are 512 bits of which any are allowed.
+    unsafe { std::mem::transmute(bits) }
+}
+
+/// `R` rows of the weight with `M` tokens in float32.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+unsafe fn rows_f32<const R: usize, const M: usize>(
+    operands: &Operands<F32>,
+    rows: [Row; R],
+    sums: &mut [[f32; MOST_TOKENS]],
+) {
+    let Operands { weight, k, x, stride, .. } = *operands;
+    // SAFETY: sixteen values; the tokens are padded to whole chunks; rows are the caller's promise.
+    unsafe {
+        let spread = Spread::new(k, weight.blocksize);
+        let table = _mm512_loadu_ps(weight.values.as_ptr());
+        let mut totals = [[_mm512_setzero_ps(); M]; R];
+        for chunk in 0..k.div_ceil(CHUNK) {
+            let present = spread.present(chunk);
+            let weights = rows.map(|row| {
+                let codes = codes(row, chunk, present);
+                // The permutation reads four bits of an index.
+                [
+                    _mm512_permutexvar_ps(codes, table),
+                    _mm512_permutexvar_ps(_mm512_srli_epi32::<4>(codes), table),
+                    _mm512_permutexvar_ps(_mm512_srli_epi32::<8>(codes), table),
+                    _mm512_permutexvar_ps(_mm512_srli_epi32::<12>(codes), table),
+                    _mm512_permutexvar_ps(_mm512_srli_epi32::<16>(codes), table),
+                    _mm512_permutexvar_ps(_mm512_srli_epi32::<20>(codes), table),
+                    _mm512_permutexvar_ps(_mm512_srli_epi32::<24>(codes), table),
+                    _mm512_permutexvar_ps(_mm512_srli_epi32::<28>(codes), table),
+                ]
+            });
+            let scales = rows.map(|row| spread.scales(row, present));
+            for token in 0..M {
+                let x = x.add(token * stride + chunk * CHUNK);
+                let mut sum = [_mm512_setzero_ps(); R];
+                for i in 0..8 {
+                    let x = _mm512_loadu_ps(x.add(16 * i).cast());
+                    for row in 0..R {
+                        sum[row] = _mm512_fmadd_ps(weights[row][i], x, sum[row]);
+                    }
+                }
+                for row in 0..R {
+                    totals[row][token] = _mm512_fmadd_ps(sum[row], scales[row], totals[row][token]);
+                }
+            }
+        }
+        for row in 0..R {
+            for token in 0..M {
+                sums[row][token] = _mm512_reduce_add_ps(totals[row][token]);
+            }
+        }
+    }
+}
+
+/// Defines a kernel of [`super::few`] from the one above for fixed numbers of rows and tokens.
+macro_rules! few {
+    ($(#[$attribute:meta])* $name:ident, $element:ty, $rows:ident, $features:literal, $pair_from:literal) => {
+        $(#[$attribute])*
+        #[target_feature(enable = $features)]
+        pub unsafe fn $name(operands: &Operands<$element>, first: usize, sums: &mut [[f32; MOST_TOKENS]], scratch: &mut Vec<f32>) {
+            #[inline]
+            #[target_feature(enable = $features)]
+            unsafe fn tokens<const M: usize>(
+                operands: &Operands<$element>,
+                first: usize,
+                sums: &mut [[f32; MOST_TOKENS]],
+                scratch: &mut Vec<f32>,
+            ) {
+                // SAFETY: the caller's promise, handed on.
+                unsafe {
+                    let rows = Rows::new(operands.weight, operands.k, first, sums.len(), scratch);
+                    let mut done = 0;
+                    while M >= $pair_from && done + 2 <= sums.len() {
+                        $rows::<2, M>(operands, [rows.row(done), rows.row(done + 1)], &mut sums[done..]);
+                        done += 2;
+                    }
+                    while done < sums.len() {
+                        $rows::<1, M>(operands, [rows.row(done)], &mut sums[done..]);
+                        done += 1;
+                    }
+                }
+            }
+            // SAFETY: the caller's promise, handed on.
+            unsafe {
+                match operands.m {
+                    0 => {}
+                    1 => tokens::<1>(operands, first, sums, scratch),
+                    2 => tokens::<2>(operands, first, sums, scratch),
+                    3 => tokens::<3>(operands, first, sums, scratch),
+                    4 => tokens::<4>(operands, first, sums, scratch),
+                    5 => tokens::<5>(operands, first, sums, scratch),
+                    6 => tokens::<6>(operands, first, sums, scratch),
+                    7 => tokens::<7>(operands, first, sums, scratch),
+                    _ => tokens::<8>(operands, first, sums, scratch),
+                }
+            }
+        }
+    };
+}
+few!(
+    /// bfloat16 tokens, packed by four nibbles.
+    ///
+    /// # Safety
+    /// The processor has AVX-512 and its bfloat16; the rows from `first` on lie within the weight and hold whole blocks.
+    few_bf16, Bf16, rows_bf16, "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16", 2
+);
+few!(
+    /// float32 tokens, packed by eight nibbles.
+    ///
+    /// # Safety
+    /// The processor has AVX-512; the rows from `first` on lie within the weight and hold whole blocks.
+    few_f32, F32, rows_f32, "avx512f,avx512bw,avx512dq,avx512vl", 2
+);
+
+/// `R` rows of a tile with `V` panels: each step multiplies one double word of each row, broadcast, with the sixteen of each panel.
+///
+/// `$dot` adds the products of two vectors of double words, one float32 or two bfloat16 each.
+macro_rules! tiles {
+    ($table:ident, $name:ident, $element:ty, $features:literal, $per_word:literal, $dot:expr) => {
+        #[target_feature(enable = $features)]
+        unsafe fn $name<const R: usize, const V: usize>(
+            tile: *const $element,
+            panels: *const $element,
+            stride: usize,
+            depth: usize,
+            sums: *mut f32,
+        ) {
+            let mut totals = [[_mm512_setzero_ps(); V]; R];
+            // SAFETY: the caller's tile has R rows of `depth` columns, each of its V panels as many, its sums room for all.
+            unsafe {
+                for word in 0..depth / $per_word {
+                    let x: [__m512; V] = std::array::from_fn(|v| {
+                        _mm512_loadu_ps(panels.add(v * stride).cast::<f32>().add(word * PANEL))
+                    });
+                    for row in 0..R {
+                        let w = _mm512_set1_ps(tile.add(row * STRIDE).cast::<f32>().add(word).read_unaligned());
+                        for v in 0..V {
+                            totals[row][v] = $dot(totals[row][v], w, x[v]);
+                        }
+                    }
+                }
+                for row in 0..R {
+                    for v in 0..V {
+                        let to = sums.add(row * TOKENS + v * PANEL);
+                        _mm512_storeu_ps(to, _mm512_add_ps(_mm512_loadu_ps(to), totals[row][v]));
+                    }
+                }
+            }
+        }
+
+        /// Kernels for one to four panels, with as many rows as the registers hold.
+        pub const $table: [Kernel<$element>; 4] = [
+            Kernel { rows: 24, run: $name::<24, 1> },
+            Kernel { rows: 12, run: $name::<12, 2> },
+            Kernel { rows: 8, run: $name::<8, 3> },
+            Kernel { rows: 6, run: $name::<6, 4> },
+        ];
+    };
+}
+tiles!(TILES_F32, tile_f32, F32, "avx512f,avx512bw,avx512dq,avx512vl", 1, |sum, w, x| _mm512_fmadd_ps(w, x, sum));
+tiles!(TILES_BF16, tile_bf16, Bf16, "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16", 2, |sum, w, x| _mm512_dpbf16_ps(
+    sum,
+    bf16(_mm512_castps_si512(w)),
+    bf16(_mm512_castps_si512(x))
+));

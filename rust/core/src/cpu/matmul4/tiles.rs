@@ -1,0 +1,257 @@
+//! Many tokens: a tile of the weight is decoded once, stays in the cache, and is multiplied with all of them.
+//!
+//! A tile is [`ROWS`] rows by [`COLUMNS`] columns. Tokens lie side by side in panels of sixteen ([`super::pack::side_by_side`]), so
+//! that one element of the weight times one vector of a panel gives products for sixteen tokens: a kernel keeps the sums of some rows
+//! with some panels in registers while it goes through the columns. Sums of a tile are added to those of the tiles before.
+
+#[cfg(target_arch = "x86_64")]
+use super::avx512;
+use super::few::multiply_add;
+use super::pack::{self, Buffer, Lift, PANEL};
+use super::{Path, Product};
+use crate::cpu::dequantize::{Tensor4, run_of_elements};
+use crate::cpu::element::{Bf16, Element, F32};
+use crate::cpu::path::multiversion;
+use crate::cpu::pool;
+use crate::cpu::table_lookup::Lookup;
+use crate::{Dtype, Result};
+
+/// Rows of a tile: a multiple of every kernel's.
+pub const ROWS: usize = 48;
+
+/// Columns of a tile, so that it stays in the second cache with its panels.
+const COLUMNS: usize = 512;
+
+/// Columns added up one after the other. Shorter chains round less: a chain's error grows with its length.
+const CHAIN: usize = 128;
+
+/// From row to row of a tile: a power of two would put the rows on the same lines of the cache.
+pub const STRIDE: usize = COLUMNS + 32;
+
+/// Tokens that are done with before the weight is decoded again for the next ones.
+pub const TOKENS: usize = 256;
+
+/// Multiplies `kernel.rows` rows of a tile with neighbouring panels, over `depth` columns: `sums[row][token] += ...`.
+///
+/// `panels` are `stride` elements apart, rows of `sums` [`TOKENS`].
+pub type Run<W> = unsafe fn(tile: *const W, panels: *const W, stride: usize, depth: usize, sums: *mut f32);
+
+/// A kernel and how many rows it takes.
+#[derive(Clone, Copy)]
+pub struct Kernel<W> {
+    pub rows: usize,
+    pub run: Run<W>,
+}
+
+/// # Safety
+/// The product's addresses hold what it says, and the processor runs its path.
+pub unsafe fn multiply<T: Lookup>(product: &Product<T>, dtype: Dtype, threads: usize) -> Result<()> {
+    // SAFETY: the caller's promise, handed on: each path gets the kernels that it runs.
+    unsafe {
+        match product.path {
+            #[cfg(target_arch = "x86_64")]
+            Path::Avx512Bf16 if dtype == Dtype::Bf16 => run::<T, Bf16, 2>(product, &avx512::TILES_BF16, threads),
+            #[cfg(target_arch = "x86_64")]
+            Path::Avx512Bf16 | Path::Avx512 => run::<T, F32, 1>(product, &avx512::TILES_F32, threads),
+            #[cfg(target_arch = "x86_64")]
+            Path::Avx2 => run::<T, F32, 1>(product, &[Kernel { rows: 6, run: avx2 }], threads),
+            _ => run::<T, F32, 1>(product, &[PORTABLE], threads),
+        }
+    }
+}
+
+/// `kernels[v]` takes `v + 1` panels. `P` consecutive columns are multiplied together.
+unsafe fn run<T: Lookup, W: Lookup, const P: usize>(
+    product: &Product<T>,
+    kernels: &[Kernel<W>],
+    threads: usize,
+) -> Result<()> {
+    let Product { n, k, m, .. } = *product;
+    let stride = k.next_multiple_of(P) * PANEL;
+    let mut packed = Buffer::new(m.min(TOKENS).div_ceil(PANEL) * stride);
+    for first in (0..m).step_by(TOKENS) {
+        let tokens = TOKENS.min(m - first);
+        // SAFETY: the tokens exist; `packed` has a panel for every sixteen.
+        let lifts: Vec<Lift> =
+            (first..first + tokens).map(|token| unsafe { Lift::of(product.x.add(token * k), k) }).collect();
+        let panels = packed.as_mut_ptr() as usize;
+        pool::run(tokens.div_ceil(PANEL), PANEL * k * 16, threads, |start, end| {
+            for panel in start..end {
+                let token = panel * PANEL;
+                let (count, out) = (PANEL.min(tokens - token), (panels as *mut W).wrapping_add(panel * stride));
+                // SAFETY: as above; each panel is written by one thread.
+                unsafe {
+                    pack::side_by_side::<T, W, P>(product.x.add((first + token) * k), count, k, &lifts[token..], out);
+                }
+            }
+        })?;
+        let part = Part { product, packed: &packed, stride, kernels, first, lifts: &lifts };
+        pool::run(n.div_ceil(ROWS), ROWS * k * tokens / 4, threads, |start, end| {
+            // SAFETY: the caller's promise; parts are different rows.
+            unsafe { part.run::<P>(start, end) };
+        })?;
+    }
+    Ok(())
+}
+
+/// The product of the weight with some of the tokens.
+struct Part<'a, T, W> {
+    product: &'a Product<'a, T>,
+    packed: &'a Buffer<W>,
+    stride: usize,
+    kernels: &'a [Kernel<W>],
+    first: usize,
+    lifts: &'a [Lift],
+}
+
+impl<T: Lookup, W: Lookup> Part<'_, T, W> {
+    /// Tiles of the rows `start * ROWS..end * ROWS`.
+    unsafe fn run<const P: usize>(&self, start: usize, end: usize) {
+        let Product { ref weight, n, k, .. } = *self.product;
+        let panels = self.lifts.len().div_ceil(PANEL);
+        let mut tile: Buffer<W> = Buffer::new(ROWS * STRIDE);
+        let mut sums = Buffer::new(ROWS * TOKENS);
+        for first in (start * ROWS..n.min(end * ROWS)).step_by(ROWS) {
+            let rows = ROWS.min(n - first);
+            sums.as_mut_slice().fill(0.0);
+            for column in (0..k).step_by(COLUMNS) {
+                let depth = COLUMNS.min(k - column);
+                // SAFETY: the columns lie within the rows, the rows within the weight; the tile has room for them and for one zero more.
+                unsafe {
+                    for row in 0..rows {
+                        let at = (first + row) * k + column;
+                        let to = tile.as_mut_ptr().add(row * STRIDE);
+                        decode(weight, at, at + depth, to);
+                        to.add(depth).write(W::default());
+                    }
+                    self.multiply(&tile, rows, column, depth.next_multiple_of(P), panels, &mut sums);
+                }
+            }
+            // SAFETY: the rows are rows of the result.
+            unsafe { finish(self.product, self.first, self.lifts, first, rows, sums.as_slice()) };
+        }
+    }
+
+    /// A tile with all panels.
+    unsafe fn multiply(
+        &self,
+        tile: &Buffer<W>,
+        rows: usize,
+        column: usize,
+        depth: usize,
+        panels: usize,
+        sums: &mut Buffer<f32>,
+    ) {
+        let mut panel = 0;
+        while panel < panels {
+            // As even a split as there is: five panels are three and two, not four and one.
+            let groups = (panels - panel).div_ceil(self.kernels.len());
+            let width = (panels - panel).div_ceil(groups);
+            let kernel = self.kernels[width - 1];
+            // SAFETY: the panels and the columns exist; kernels' rows divide ROWS, so the last rows of a tile, which may be old ones,
+            // are there too, and so is room for their sums.
+            unsafe {
+                let x = self.packed.as_ptr().add(panel * self.stride + column * PANEL);
+                for row in (0..rows).step_by(kernel.rows) {
+                    let to = sums.as_mut_ptr().add(row * TOKENS + panel * PANEL);
+                    for start in (0..depth).step_by(CHAIN) {
+                        let (tile, x) = (tile.as_ptr().add(row * STRIDE + start), x.add(start * PANEL));
+                        (kernel.run)(tile, x, self.stride, CHAIN.min(depth - start), to);
+                    }
+                }
+            }
+            panel += width;
+        }
+    }
+}
+
+multiversion! {
+    unsafe fn decode[T: Lookup][T](weight: &Tensor4, start: usize, end: usize, out: *mut T) => run_of_elements
+}
+
+/// Adds the bias, rounds, and writes the rows' part of the result.
+#[inline(always)]
+unsafe fn finish_body<T: Element>(
+    product: &Product<T>,
+    first_token: usize,
+    lifts: &[Lift],
+    first_row: usize,
+    rows: usize,
+    sums: &[f32],
+) {
+    let mut rounded = [[T::default(); PANEL]; ROWS];
+    for (panel, lifts) in lifts.chunks(PANEL).enumerate() {
+        let mut back = [1.0; PANEL];
+        back.iter_mut().zip(lifts).for_each(|(back, lift)| *back = lift.back);
+        for (row, rounded) in rounded[..rows].iter_mut().enumerate() {
+            // SAFETY: the row is one of the weight's.
+            let bias = unsafe { product.bias(first_row + row) };
+            let sums = &sums[row * TOKENS + panel * PANEL..][..PANEL];
+            for i in 0..PANEL {
+                rounded[i] = T::narrow(sums[i] * back[i] + bias);
+            }
+        }
+        for token in 0..lifts.len() {
+            let at = (first_token + panel * PANEL + token) * product.n + first_row;
+            for (row, rounded) in rounded[..rows].iter().enumerate() {
+                // SAFETY: the token and the row are those of an element of the result.
+                unsafe { product.out.add(at + row).write_unaligned(rounded[token]) };
+            }
+        }
+    }
+}
+
+multiversion! {
+    unsafe fn finish[T: Element][T](
+        product: &Product<T>, first_token: usize, lifts: &[Lift], first_row: usize, rows: usize, sums: &[f32],
+    ) => finish_body
+}
+
+/// `R` rows with one panel.
+#[inline(always)]
+unsafe fn kernel<const R: usize, const FMA: bool>(tile: *const F32, panel: *const F32, depth: usize, sums: *mut f32) {
+    let mut total = [[0.0f32; PANEL]; R];
+    for column in 0..depth {
+        // SAFETY: the caller's tile has R rows of `depth` columns, its panel as many columns.
+        unsafe {
+            let x = panel.add(column * PANEL).cast::<[f32; PANEL]>().read_unaligned();
+            for (row, total) in total.iter_mut().enumerate() {
+                let w = tile.add(row * STRIDE + column).read().widen();
+                for i in 0..PANEL {
+                    total[i] = multiply_add::<FMA>(x[i], w, total[i]);
+                }
+            }
+        }
+    }
+    for (row, total) in total.iter().enumerate() {
+        for (i, total) in total.iter().enumerate() {
+            // SAFETY: the caller's sums have R rows of a panel.
+            unsafe { *sums.add(row * TOKENS + i) += total };
+        }
+    }
+}
+
+/// As many rows as the registers hold: 64-bit Arm has 32 of four lanes, SSE2 half of them.
+const PORTABLE: Kernel<F32> = if cfg!(target_arch = "aarch64") {
+    Kernel { rows: 6, run: portable::<6, true> }
+} else {
+    Kernel { rows: 2, run: portable::<2, false> }
+};
+
+unsafe fn portable<const R: usize, const FMA: bool>(
+    tile: *const F32,
+    panels: *const F32,
+    _: usize,
+    depth: usize,
+    sums: *mut f32,
+) {
+    // SAFETY: the caller's promise, handed on.
+    unsafe { kernel::<R, FMA>(tile, panels, depth, sums) }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma")]
+unsafe fn avx2(tile: *const F32, panels: *const F32, _: usize, depth: usize, sums: *mut f32) {
+    // SAFETY: the caller's promise, handed on.
+    unsafe { kernel::<6, true>(tile, panels, depth, sums) }
+}
