@@ -5,13 +5,19 @@
 //! order that the shifts give ([`super::pack::by_nibbles`]) and the codes are used as they lie. Weights are unscaled; sums over a block are
 //! scaled in float32.
 
+// One index addresses several arrays at once.
+#![allow(clippy::needless_range_loop)]
+
 use std::arch::x86_64::*;
 
-use super::few::{MOST_TOKENS, Operands};
+use super::few::{MOST_ROWS, MOST_TOKENS, Operands};
 use super::pack::{CHUNK, PANEL};
 use super::tiles::{Kernel, STRIDE, TOKENS};
 use crate::cpu::dequantize::Tensor4;
 use crate::cpu::element::{Bf16, F32};
+
+/// Bytes of tokens that leave room in the first cache for codes.
+const SLAB_BYTES: usize = 16 << 10;
 
 /// Codes, and the block maxima, of rows that hold whole blocks.
 #[derive(Clone, Copy)]
@@ -49,54 +55,76 @@ impl<'a> Rows<'a> {
     }
 }
 
-/// Where the chunks of a row have their scales.
-struct Spread {
-    k: usize,
+/// Which of a chunk's 16 double words of codes exist, and which of the 4 scales that it may have.
+#[derive(Clone, Copy)]
+struct Present {
+    codes: __mmask16,
+    scales: __mmask8,
+}
+
+/// How rows are cut into chunks, of which the last may be short, and where a chunk's lanes find their scales.
+struct Chunks {
+    count: usize,
+    whole: usize,
+    in_whole: Present,
+    in_last: Present,
     log2_blocksize: u32,
     lanes: __m512i,
 }
 
-/// A chunk's part of a row: which of its 16 double words of codes exist, and which of the 4 scales that it may have.
+/// Consecutive chunks of which the same is present.
 #[derive(Clone, Copy)]
-struct Present {
-    codes: __mmask16,
-    first_scale: usize,
-    scales: __mmask8,
+struct Run {
+    first: usize,
+    end: usize,
+    present: Present,
 }
 
-impl Spread {
+impl Chunks {
+    /// All chunks, up to `longest` at a time.
+    fn runs(&self, longest: usize) -> impl Iterator<Item = Run> {
+        let (whole, present) = (self.whole, self.in_whole);
+        let wholes = (0..whole).step_by(longest).map(move |first| Run { first, end: whole.min(first + longest), present });
+        let last = Run { first: whole, end: self.count, present: self.in_last };
+        wholes.chain((whole < self.count).then_some(last))
+    }
+
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
     fn new(k: usize, blocksize: usize) -> Self {
+        let log2_blocksize = blocksize.trailing_zeros();
+        let present = |elements: usize| Present {
+            codes: ((1u32 << (elements / 8)) - 1) as __mmask16,
+            scales: (1u8 << elements.div_ceil(blocksize)) - 1,
+        };
         // Double word i of a chunk holds elements 8 i to 8 i + 7.
         let lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-        let log2_blocksize = blocksize.trailing_zeros();
-        Self { k, log2_blocksize, lanes: _mm512_srlv_epi32(lanes, _mm512_set1_epi32(log2_blocksize as i32 - 3)) }
-    }
-
-    #[inline(always)]
-    fn present(&self, chunk: usize) -> Present {
-        let start = chunk * CHUNK;
-        let left = (self.k - start).min(CHUNK);
-        let blocks = (left + (1 << self.log2_blocksize) - 1) >> self.log2_blocksize;
-        Present {
-            codes: ((1u32 << (left / 8)) - 1) as __mmask16,
-            first_scale: start >> self.log2_blocksize,
-            scales: (1u8 << blocks) - 1,
+        Self {
+            count: k.div_ceil(CHUNK),
+            whole: k / CHUNK,
+            in_whole: present(CHUNK),
+            in_last: present(k % CHUNK),
+            log2_blocksize,
+            lanes: _mm512_srlv_epi32(lanes, _mm512_set1_epi32(log2_blocksize as i32 - 3)),
         }
     }
 
+    /// One scale for each double word of a chunk's codes.
+    ///
     /// # Safety
     /// The row has the scales that are present.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-    unsafe fn scales(&self, row: Row, present: Present) -> __m512 {
+    unsafe fn scales(&self, row: Row, chunk: usize, present: Present) -> __m512 {
         // SAFETY: only the scales that are present are read.
-        let scales = unsafe { _mm_maskz_loadu_ps(present.scales, row.scales.add(present.first_scale)) };
+        let scales =
+            unsafe { _mm_maskz_loadu_ps(present.scales, row.scales.add(chunk * CHUNK >> self.log2_blocksize)) };
         _mm512_permutexvar_ps(self.lanes, _mm512_castps128_ps512(scales))
     }
 }
 
+/// The double words of a chunk's codes.
+///
 /// # Safety
 /// The row has the codes that are present.
 #[inline]
@@ -106,26 +134,26 @@ unsafe fn codes(row: Row, chunk: usize, present: Present) -> __m512i {
     unsafe { _mm512_maskz_loadu_epi32(present.codes, row.codes.add(chunk * CHUNK / 2).cast()) }
 }
 
-/// `R` rows of the weight with `M` tokens in bfloat16.
+/// Adds the products of `R` rows with `M` tokens, over some chunks, to `totals`.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
 unsafe fn rows_bf16<const R: usize, const M: usize>(
     operands: &Operands<Bf16>,
+    chunks: &Chunks,
+    run: Run,
     rows: [Row; R],
-    sums: &mut [[f32; MOST_TOKENS]],
+    totals: &mut [[__m512; M]],
 ) {
-    let Operands { weight, k, x, stride, .. } = *operands;
+    let Operands { weight, x, .. } = *operands;
     // SAFETY: sixteen values; the tokens are padded to whole chunks; rows are the caller's promise.
     unsafe {
-        let spread = Spread::new(k, weight.blocksize);
         // The permutation reads five bits of an index; the table stands there twice, so the next nibble's bit does not matter.
         let table = _mm512_cvtneps_pbh(_mm512_loadu_ps(weight.values.as_ptr()));
         let table = _mm512_broadcast_i64x4(std::mem::transmute::<__m256bh, __m256i>(table));
-        let mut totals = [[_mm512_setzero_ps(); M]; R];
-        for chunk in 0..k.div_ceil(CHUNK) {
-            let present = spread.present(chunk);
+        let mut sums: [[__m512; M]; R] = std::array::from_fn(|row| totals[row]);
+        for chunk in run.first..run.end {
             let weights = rows.map(|row| {
-                let codes = codes(row, chunk, present);
+                let codes = codes(row, chunk, run.present);
                 [
                     _mm512_permutexvar_epi16(codes, table),
                     _mm512_permutexvar_epi16(_mm512_srli_epi16::<4>(codes), table),
@@ -133,9 +161,9 @@ unsafe fn rows_bf16<const R: usize, const M: usize>(
                     _mm512_permutexvar_epi16(_mm512_srli_epi16::<12>(codes), table),
                 ]
             });
-            let scales = rows.map(|row| spread.scales(row, present));
+            let scales = rows.map(|row| chunks.scales(row, chunk, run.present));
             for token in 0..M {
-                let x = x.add(token * stride + chunk * CHUNK);
+                let x = x.add((chunk * M + token) * CHUNK);
                 let mut sum = [_mm512_setzero_ps(); R];
                 for i in 0..4 {
                     let x = _mm512_loadu_si512(x.add(32 * i).cast());
@@ -144,15 +172,11 @@ unsafe fn rows_bf16<const R: usize, const M: usize>(
                     }
                 }
                 for row in 0..R {
-                    totals[row][token] = _mm512_fmadd_ps(sum[row], scales[row], totals[row][token]);
+                    sums[row][token] = _mm512_fmadd_ps(sum[row], scales[row], sums[row][token]);
                 }
             }
         }
-        for row in 0..R {
-            for token in 0..M {
-                sums[row][token] = _mm512_reduce_add_ps(totals[row][token]);
-            }
-        }
+        totals[..R].copy_from_slice(&sums);
     }
 }
 
@@ -162,24 +186,24 @@ fn bf16(bits: __m512i) -> __m512bh {
     unsafe { std::mem::transmute(bits) }
 }
 
-/// `R` rows of the weight with `M` tokens in float32.
+/// Adds the products of `R` rows with `M` tokens, over some chunks, to `totals`.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
 unsafe fn rows_f32<const R: usize, const M: usize>(
     operands: &Operands<F32>,
+    chunks: &Chunks,
+    run: Run,
     rows: [Row; R],
-    sums: &mut [[f32; MOST_TOKENS]],
+    totals: &mut [[__m512; M]],
 ) {
-    let Operands { weight, k, x, stride, .. } = *operands;
+    let Operands { weight, x, .. } = *operands;
     // SAFETY: sixteen values; the tokens are padded to whole chunks; rows are the caller's promise.
     unsafe {
-        let spread = Spread::new(k, weight.blocksize);
         let table = _mm512_loadu_ps(weight.values.as_ptr());
-        let mut totals = [[_mm512_setzero_ps(); M]; R];
-        for chunk in 0..k.div_ceil(CHUNK) {
-            let present = spread.present(chunk);
+        let mut sums: [[__m512; M]; R] = std::array::from_fn(|row| totals[row]);
+        for chunk in run.first..run.end {
             let weights = rows.map(|row| {
-                let codes = codes(row, chunk, present);
+                let codes = codes(row, chunk, run.present);
                 // The permutation reads four bits of an index.
                 [
                     _mm512_permutexvar_ps(codes, table),
@@ -192,9 +216,9 @@ unsafe fn rows_f32<const R: usize, const M: usize>(
                     _mm512_permutexvar_ps(_mm512_srli_epi32::<28>(codes), table),
                 ]
             });
-            let scales = rows.map(|row| spread.scales(row, present));
+            let scales = rows.map(|row| chunks.scales(row, chunk, run.present));
             for token in 0..M {
-                let x = x.add(token * stride + chunk * CHUNK);
+                let x = x.add((chunk * M + token) * CHUNK);
                 let mut sum = [_mm512_setzero_ps(); R];
                 for i in 0..8 {
                     let x = _mm512_loadu_ps(x.add(16 * i).cast());
@@ -203,19 +227,15 @@ unsafe fn rows_f32<const R: usize, const M: usize>(
                     }
                 }
                 for row in 0..R {
-                    totals[row][token] = _mm512_fmadd_ps(sum[row], scales[row], totals[row][token]);
+                    sums[row][token] = _mm512_fmadd_ps(sum[row], scales[row], sums[row][token]);
                 }
             }
         }
-        for row in 0..R {
-            for token in 0..M {
-                sums[row][token] = _mm512_reduce_add_ps(totals[row][token]);
-            }
-        }
+        totals[..R].copy_from_slice(&sums);
     }
 }
 
-/// Defines a kernel of [`super::few`] from the one above for fixed numbers of rows and tokens.
+/// Defines a kernel of [`super::few`] from one of the above, for every number of tokens.
 macro_rules! few {
     ($(#[$attribute:meta])* $name:ident, $element:ty, $rows:ident, $features:literal, $pair_from:literal) => {
         $(#[$attribute])*
@@ -232,14 +252,26 @@ macro_rules! few {
                 // SAFETY: the caller's promise, handed on.
                 unsafe {
                     let rows = Rows::new(operands.weight, operands.k, first, sums.len(), scratch);
-                    let mut done = 0;
-                    while M >= $pair_from && done + 2 <= sums.len() {
-                        $rows::<2, M>(operands, [rows.row(done), rows.row(done + 1)], &mut sums[done..]);
-                        done += 2;
+                    let chunks = Chunks::new(operands.k, operands.weight.blocksize);
+                    let mut totals = [[_mm512_setzero_ps(); M]; MOST_ROWS];
+                    // The tokens' part of a slab stays in the first cache while the rows take turns.
+                    let slab = SLAB_BYTES / (M * CHUNK * size_of::<$element>());
+                    for run in chunks.runs(slab) {
+                        let mut done = 0;
+                        while M >= $pair_from && done + 2 <= sums.len() {
+                            let pair = [rows.row(done), rows.row(done + 1)];
+                            $rows::<2, M>(operands, &chunks, run, pair, &mut totals[done..]);
+                            done += 2;
+                        }
+                        while done < sums.len() {
+                            $rows::<1, M>(operands, &chunks, run, [rows.row(done)], &mut totals[done..]);
+                            done += 1;
+                        }
                     }
-                    while done < sums.len() {
-                        $rows::<1, M>(operands, [rows.row(done)], &mut sums[done..]);
-                        done += 1;
+                    for (sums, totals) in sums.iter_mut().zip(totals) {
+                        for (sum, total) in sums.iter_mut().zip(totals) {
+                            *sum = _mm512_reduce_add_ps(total);
+                        }
                     }
                 }
             }

@@ -2,7 +2,7 @@
 
 #[cfg(target_arch = "x86_64")]
 use super::avx512;
-use super::pack::{self, Buffer, Lift};
+use super::pack::{self, Buffer, CHUNK, Lift};
 use super::{Path, Product};
 use crate::cpu::dequantize::{Tensor4, run_of_elements};
 use crate::cpu::element::{Bf16, Element, F32};
@@ -11,6 +11,9 @@ use crate::{Dtype, Result};
 
 /// The most tokens that this method takes.
 pub const MOST_TOKENS: usize = 8;
+
+/// The most rows that a kernel is given at a time.
+pub const MOST_ROWS: usize = 8;
 
 /// What a kernel reads: tokens `x`, already in its order, `stride` elements apart.
 pub struct Operands<'a, W> {
@@ -35,17 +38,17 @@ pub unsafe fn multiply<T: Element>(product: &Product<T>, dtype: Dtype, threads: 
     let lifts: Vec<Lift> = (0..m).map(|token| unsafe { Lift::of(x.add(token * k), k) }).collect();
     #[cfg(target_arch = "x86_64")]
     if path.is_avx512() && k.is_multiple_of(product.weight.blocksize) {
-        let stride = k.next_multiple_of(pack::CHUNK);
+        let stride = k.next_multiple_of(CHUNK);
         // SAFETY: the rows are the product's, the room is what the packing asks for, and the processor has what the kernels need.
         return unsafe {
             if path == Path::Avx512Bf16 && dtype == Dtype::Bf16 {
                 let packed = packed(product, stride, |row, token, out: *mut Bf16| {
-                    pack::by_nibbles::<T, Bf16, 4>(row, k, lifts[token], out);
+                    pack::by_nibbles::<T, Bf16, 4>(row, k, lifts[token], out.add(token * CHUNK), m * CHUNK);
                 });
                 run(product, &packed, stride, &lifts, avx512::few_bf16, threads)
             } else {
                 let packed = packed(product, stride, |row, token, out: *mut F32| {
-                    pack::by_nibbles::<T, F32, 8>(row, k, lifts[token], out);
+                    pack::by_nibbles::<T, F32, 8>(row, k, lifts[token], out.add(token * CHUNK), m * CHUNK);
                 });
                 run(product, &packed, stride, &lifts, avx512::few_f32, threads)
             }
@@ -56,7 +59,7 @@ pub unsafe fn multiply<T: Element>(product: &Product<T>, dtype: Dtype, threads: 
     unsafe {
         let packed = packed(product, k, |row, token, out: *mut F32| {
             for i in 0..k {
-                out.add(i).write(F32::narrow(row.add(i).read_unaligned().widen() * lifts[token].by));
+                out.add(token * k + i).write(F32::narrow(row.add(i).read_unaligned().widen() * lifts[token].by));
             }
         });
         let kernel = match path {
@@ -79,7 +82,7 @@ unsafe fn packed<T: Element, W: Element>(
     let mut packed: Buffer<W> = Buffer::new(product.m * stride);
     for token in 0..product.m {
         // SAFETY: both have a row for every token.
-        unsafe { pack(product.x.add(token * product.k), token, packed.as_mut_ptr().add(token * stride)) };
+        unsafe { pack(product.x.add(token * product.k), token, packed.as_mut_ptr()) };
     }
     packed
 }
@@ -93,15 +96,13 @@ unsafe fn run<T: Element, W: Element>(
     kernel: Kernel<W>,
     threads: usize,
 ) -> Result<()> {
-    /// Rows that a kernel is given at a time.
-    const ROWS: usize = 8;
     let Product { ref weight, n, k, m, .. } = *product;
     let operands = Operands { weight, k, x: packed.as_ptr(), stride, m };
     pool::run(n, k / 2, threads, |first, last| {
-        let mut sums = [[0.0; MOST_TOKENS]; ROWS];
+        let mut sums = [[0.0; MOST_TOKENS]; MOST_ROWS];
         let mut scratch = Vec::new();
-        for row in (first..last).step_by(ROWS) {
-            let count = ROWS.min(last - row);
+        for row in (first..last).step_by(MOST_ROWS) {
+            let count = MOST_ROWS.min(last - row);
             // SAFETY: the rows are below `n`, and so are the elements of the result that they give.
             unsafe {
                 kernel(&operands, row, &mut sums[..count], &mut scratch);

@@ -89,11 +89,17 @@ pub const CHUNK: usize = 128;
 
 /// A row in the order in which shifts take nibbles from words of codes: with `P` nibbles a word, `CHUNK / P` first elements of the
 /// words, then the second ones, and so on; in each pair of them the odd element comes first, since it has the low nibble.
-/// Filled with zeros to whole chunks.
+/// Filled with zeros to whole chunks, which are `stride` elements apart.
 ///
 /// # Safety
-/// `row` holds `k` elements, `out` has room for `k` rounded up to whole chunks.
-pub unsafe fn by_nibbles<T: Element, W: Element, const P: usize>(row: *const T, k: usize, lift: Lift, out: *mut W) {
+/// `row` holds `k` elements, `out` has room for the chunks.
+pub unsafe fn by_nibbles<T: Element, W: Element, const P: usize>(
+    row: *const T,
+    k: usize,
+    lift: Lift,
+    out: *mut W,
+    stride: usize,
+) {
     let whole = k / CHUNK * CHUNK;
     let one = |chunk: [f32; CHUNK], out: *mut W| {
         let words = CHUNK / P;
@@ -107,7 +113,7 @@ pub unsafe fn by_nibbles<T: Element, W: Element, const P: usize>(row: *const T, 
     };
     for i in (0..whole).step_by(CHUNK) {
         // SAFETY: `i + CHUNK <= k`.
-        unsafe { one(load(row.add(i)), out.add(i)) };
+        unsafe { one(load(row.add(i)), out.add(i / CHUNK * stride)) };
     }
     if whole < k {
         let mut rest = [0.0; CHUNK];
@@ -116,7 +122,7 @@ pub unsafe fn by_nibbles<T: Element, W: Element, const P: usize>(row: *const T, 
             *x = unsafe { row.add(whole + i).read_unaligned() }.widen();
         }
         // SAFETY: `out` has room for a whole last chunk.
-        unsafe { one(rest, out.add(whole)) };
+        unsafe { one(rest, out.add(whole / CHUNK * stride)) };
     }
 }
 
