@@ -24,7 +24,7 @@ static DYNAMIC: LazyLock<[f32; 256]> = LazyLock::new(|| dynamic_map(true));
 /// The scale of a block.
 pub(super) enum Scales {
     Plain(*const f32),
-    Nested { codes: *const u8, code: Box<[f32; 256]>, absmax: *const f32, blocksize: usize, offset: f32 },
+    Nested { codes: *const u8, code: Box<[f32; 256]>, absmax: *const f32, log2_blocksize: u32, offset: f32 },
 }
 
 // SAFETY: the pointers are to memory that the caller lends for reading, from any thread, until the call is over.
@@ -41,7 +41,7 @@ impl Scales {
                 // SAFETY: the caller promises 256 float32 at `code` and one at `offset`.
                 code: Box::new(unsafe { code_values(code) }.unwrap_or(*DYNAMIC)),
                 absmax: absmax as *const f32,
-                blocksize,
+                log2_blocksize: blocksize.trailing_zeros(),
                 // SAFETY: as above.
                 offset: unsafe { (offset as *const f32).read_unaligned() },
             },
@@ -56,9 +56,9 @@ impl Scales {
         unsafe {
             match self {
                 Self::Plain(absmax) => absmax.add(block).read_unaligned(),
-                Self::Nested { codes, code, absmax, blocksize, offset } => {
+                Self::Nested { codes, code, absmax, log2_blocksize, offset } => {
                     let value = code[usize::from(*codes.add(block))];
-                    value * absmax.add(block / blocksize).read_unaligned() + offset
+                    value * absmax.add(block >> log2_blocksize).read_unaligned() + offset
                 }
             }
         }
@@ -81,6 +81,18 @@ impl Scales {
     }
 }
 
+/// Asks for a line of the cache. Only a hint, for any address.
+#[inline(always)]
+fn prefetch(address: *const u8) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: SSE is part of x86-64; a prefetch reads nothing that could fault.
+    unsafe {
+        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(address.cast());
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = address;
+}
+
 /// A 4-bit tensor.
 pub(super) struct Tensor4<'a> {
     pub codes: *const u8,
@@ -91,6 +103,31 @@ pub(super) struct Tensor4<'a> {
 
 // SAFETY: the pointer is to memory that the caller lends for reading, from any thread, until the call is over.
 unsafe impl Sync for Tensor4<'_> {}
+
+impl Tensor4<'_> {
+    /// The scale of an element.
+    ///
+    /// # Safety
+    /// The tensor has the element.
+    #[inline(always)]
+    pub(super) unsafe fn scale(&self, element: usize) -> f32 {
+        // SAFETY: the caller's promise.
+        unsafe { self.scales.get(element >> self.blocksize.trailing_zeros()) }
+    }
+
+    /// Asks for the codes and the scales of `count` elements, wherever they are: they will be read soon.
+    #[inline(always)]
+    pub(super) fn prefetch(&self, start: usize, count: usize) {
+        for offset in (0..count / 2).step_by(64) {
+            prefetch(self.codes.wrapping_add(start / 2 + offset));
+        }
+        let block = start >> self.blocksize.trailing_zeros();
+        match self.scales {
+            Scales::Plain(absmax) => prefetch(absmax.wrapping_add(block).cast()),
+            Scales::Nested { codes, .. } => prefetch(codes.wrapping_add(block)),
+        }
+    }
+}
 
 /// Elements `start..end`, which need not be whole blocks nor whole bytes, to `out`.
 ///

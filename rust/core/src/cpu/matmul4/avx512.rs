@@ -12,7 +12,7 @@ use std::arch::x86_64::*;
 
 use super::few::{MOST_ROWS, MOST_TOKENS, Operands};
 use super::pack::{CHUNK, PANEL};
-use super::tiles::{Kernel, STRIDE, TOKENS};
+use super::tiles::{COLUMNS, Kernel, STRIDE, TOKENS};
 use crate::cpu::dequantize::Tensor4;
 use crate::cpu::element::{Bf16, F32};
 
@@ -306,6 +306,112 @@ few!(
     /// The processor has AVX-512; the rows from `first` on lie within the weight and hold whole blocks.
     few_f32, F32, rows_f32, "avx512f,avx512bw,avx512dq,avx512vl", 2
 );
+
+/// The part of a row that lies in a tile, by quarters of a chunk: a block has at least as many elements.
+struct Piece {
+    codes: *const u8,
+    scales: [f32; COLUMNS / QUARTER],
+}
+
+/// Elements of a quarter of a chunk.
+const QUARTER: usize = CHUNK / 4;
+
+impl Piece {
+    /// `depth` elements from `start` on. Quarters past them have scale 0.
+    ///
+    /// # Safety
+    /// The weight has these elements, and they begin with a block's quarter.
+    #[inline]
+    unsafe fn new(weight: &Tensor4, start: usize, depth: usize) -> Self {
+        let mut scales = [0.0; COLUMNS / QUARTER];
+        for (i, scale) in scales[..depth.div_ceil(QUARTER)].iter_mut().enumerate() {
+            // SAFETY: the element is one of the caller's.
+            *scale = unsafe { weight.scale(start + i * QUARTER) };
+        }
+        Self { codes: weight.codes.wrapping_add(start / 2), scales }
+    }
+
+    /// The double words of the chunk from element `first` on, zeros from `depth` on.
+    ///
+    /// # Safety
+    /// There is such a chunk.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+    unsafe fn codes(&self, first: usize, depth: usize) -> __m512i {
+        let present = ((1u32 << ((depth - first).min(CHUNK) / 8)) - 1) as __mmask16;
+        // SAFETY: only codes of the piece are read.
+        unsafe { _mm512_maskz_loadu_epi32(present, self.codes.add(first / 2).cast()) }
+    }
+
+    /// Two blocks' values times their scales, rounded to bfloat16.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+    fn results(&self, values: __m512, quarter: usize) -> __m512i {
+        let [low, high] = [0, 1].map(|i| _mm512_set1_ps(self.scales[quarter + i]));
+        let pair = _mm512_cvtne2ps_pbh(_mm512_mul_ps(values, high), _mm512_mul_ps(values, low));
+        // SAFETY: both are 512 bits of which any are allowed.
+        unsafe { std::mem::transmute(pair) }
+    }
+}
+
+/// Columns of a row of whole blocks for a tile, by chunks, in the order of four nibbles a word: `value * scale`, rounded to bfloat16.
+///
+/// # Safety
+/// The processor has AVX-512 and its bfloat16; the weight has these elements; `out` has room for them in whole chunks.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+pub unsafe fn decode_bf16(weight: &Tensor4, start: usize, depth: usize, out: *mut Bf16) {
+    // SAFETY: sixteen values; the elements and the room are the caller's promise.
+    unsafe {
+        let piece = Piece::new(weight, start, depth);
+        let values = _mm512_loadu_ps(weight.values.as_ptr());
+        // Each quarter has a table of its own: bits 4 and 5 of an index choose it.
+        let nibble = _mm512_set1_epi16(15);
+        let words = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+        let quarter = _mm512_slli_epi16::<4>(_mm512_or_si512(words, _mm512_slli_epi32::<16>(words)));
+        for first in (0..depth).step_by(CHUNK) {
+            let front = piece.results(values, first / QUARTER);
+            let back = piece.results(values, first / QUARTER + 2);
+            let codes = piece.codes(first, depth);
+            let shifted = [
+                codes,
+                _mm512_srli_epi16::<4>(codes),
+                _mm512_srli_epi16::<8>(codes),
+                _mm512_srli_epi16::<12>(codes),
+            ];
+            let out = out.add(first).cast::<__m512i>();
+            for i in 0..4 {
+                // (shifted & nibble) | quarter
+                let index = _mm512_ternarylogic_epi32::<0xf8>(quarter, shifted[i], nibble);
+                _mm512_store_si512(out.add(i), _mm512_permutex2var_epi16(front, index, back));
+            }
+        }
+    }
+}
+
+/// Columns of a row of whole blocks for a tile, by chunks, in the order of eight nibbles a word: `value * scale`.
+///
+/// # Safety
+/// The processor has AVX-512; the weight has these elements; `out` has room for them in whole chunks.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+pub unsafe fn decode_f32(weight: &Tensor4, start: usize, depth: usize, out: *mut F32) {
+    // SAFETY: sixteen values; the elements and the room are the caller's promise.
+    unsafe {
+        let piece = Piece::new(weight, start, depth);
+        let values = _mm512_loadu_ps(weight.values.as_ptr());
+        let quarters = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+        for first in (0..depth).step_by(CHUNK) {
+            let scales = _mm512_castps128_ps512(_mm_loadu_ps(piece.scales.as_ptr().add(first / QUARTER)));
+            let scales = _mm512_permutexvar_ps(quarters, scales);
+            let mut codes = piece.codes(first, depth);
+            for i in 0..8 {
+                // The permutation reads four bits of an index.
+                let weights = _mm512_mul_ps(_mm512_permutexvar_ps(codes, values), scales);
+                _mm512_store_ps(out.add(first + 16 * i).cast(), weights);
+                codes = _mm512_srli_epi32::<4>(codes);
+            }
+        }
+    }
+}
 
 /// `R` rows of a tile with `V` panels: each step multiplies one double word of each row, broadcast, with the sixteen of each panel.
 ///

@@ -43,12 +43,12 @@ pub unsafe fn multiply<T: Element>(product: &Product<T>, dtype: Dtype, threads: 
         return unsafe {
             if path == Path::Avx512Bf16 && dtype == Dtype::Bf16 {
                 let packed = packed(product, stride, |row, token, out: *mut Bf16| {
-                    pack::by_nibbles::<T, Bf16, 4>(row, k, lifts[token], out.add(token * CHUNK), m * CHUNK);
+                    pack::by_chunks::<T, Bf16, 4>(row, k, lifts[token], out.add(token * CHUNK), m * CHUNK);
                 });
                 run(product, &packed, stride, &lifts, avx512::few_bf16, threads)
             } else {
                 let packed = packed(product, stride, |row, token, out: *mut F32| {
-                    pack::by_nibbles::<T, F32, 8>(row, k, lifts[token], out.add(token * CHUNK), m * CHUNK);
+                    pack::by_chunks::<T, F32, 8>(row, k, lifts[token], out.add(token * CHUNK), m * CHUNK);
                 });
                 run(product, &packed, stride, &lifts, avx512::few_f32, threads)
             }

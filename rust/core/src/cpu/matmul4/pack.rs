@@ -84,77 +84,87 @@ impl Lift {
     }
 }
 
-/// Elements of a row that are packed as one chunk by [`by_nibbles`].
+/// Columns that are packed together.
 pub const CHUNK: usize = 128;
 
-/// A row in the order in which shifts take nibbles from words of codes: with `P` nibbles a word, `CHUNK / P` first elements of the
-/// words, then the second ones, and so on; in each pair of them the odd element comes first, since it has the low nibble.
-/// Filled with zeros to whole chunks, which are `stride` elements apart.
+/// The order of a chunk's columns as they lie in memory.
+pub const NATURAL: usize = 1;
+
+/// A chunk of a row times its lift, filled with zeros past its end.
+///
+/// With `NIBBLES` nibbles to a word of codes the columns come in the order in which shifts take nibbles from words: first elements of
+/// the words, then second ones, and so on; in each pair of them the odd column comes first, since it has the low nibble.
+#[inline(always)]
+unsafe fn chunk<T: Element, W: Element, const NIBBLES: usize>(
+    row: *const T,
+    k: usize,
+    first: usize,
+    lift: Lift,
+) -> [W; CHUNK] {
+    let mut x = [0.0; CHUNK];
+    if k - first >= CHUNK {
+        // SAFETY: the chunk lies within the row.
+        x = unsafe { load(row.add(first)) };
+    } else {
+        for (i, x) in x[..k - first].iter_mut().enumerate() {
+            // SAFETY: `first + i < k`.
+            *x = unsafe { row.add(first + i).read_unaligned() }.widen();
+        }
+    }
+    let words = CHUNK / NIBBLES;
+    std::array::from_fn(|i| {
+        let column = if NIBBLES == NATURAL { i } else { i % words * NIBBLES + (i / words ^ 1) };
+        W::narrow(x[column] * lift.by)
+    })
+}
+
+/// A row, chunk by chunk, `stride` elements apart.
 ///
 /// # Safety
 /// `row` holds `k` elements, `out` has room for the chunks.
-pub unsafe fn by_nibbles<T: Element, W: Element, const P: usize>(
+pub unsafe fn by_chunks<T: Element, W: Element, const NIBBLES: usize>(
     row: *const T,
     k: usize,
     lift: Lift,
     out: *mut W,
     stride: usize,
 ) {
-    let whole = k / CHUNK * CHUNK;
-    let one = |chunk: [f32; CHUNK], out: *mut W| {
-        let words = CHUNK / P;
-        for nibble in 0..P {
-            for word in 0..words {
-                let x = chunk[P * word + (nibble ^ 1)];
-                // SAFETY: the index is below CHUNK.
-                unsafe { out.add(nibble * words + word).write(W::narrow(x * lift.by)) };
-            }
+    for first in (0..k).step_by(CHUNK) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let to = out.add(first / CHUNK * stride).cast::<[W; CHUNK]>();
+            to.write(chunk::<T, W, NIBBLES>(row, k, first, lift));
         }
-    };
-    for i in (0..whole).step_by(CHUNK) {
-        // SAFETY: `i + CHUNK <= k`.
-        unsafe { one(load(row.add(i)), out.add(i / CHUNK * stride)) };
-    }
-    if whole < k {
-        let mut rest = [0.0; CHUNK];
-        for (i, x) in rest[..k - whole].iter_mut().enumerate() {
-            // SAFETY: `whole + i < k`.
-            *x = unsafe { row.add(whole + i).read_unaligned() }.widen();
-        }
-        // SAFETY: `out` has room for a whole last chunk.
-        unsafe { one(rest, out.add(whole / CHUNK * stride)) };
     }
 }
 
 /// Tokens of a panel.
 pub const PANEL: usize = 16;
 
-/// Up to sixteen rows side by side: `out[k / P][token][k % P]`, `P` consecutive elements of a row together. Filled with zeros
-/// to sixteen tokens and to a multiple of `P` columns.
+/// Up to sixteen rows side by side: `out[k / P][token][k % P]`, `P` consecutive columns of a row together. Filled with zeros to
+/// sixteen tokens and to whole chunks.
 ///
 /// # Safety
-/// `rows` holds `tokens` rows of `k` elements, `out` has room for sixteen of `k` rounded up to a multiple of `P`.
-pub unsafe fn side_by_side<T: Element, W: Element, const P: usize>(
+/// `rows` holds a row of `k` elements for every lift, `out` has room for sixteen of `k` rounded up to whole chunks.
+pub unsafe fn side_by_side<T: Element, W: Element, const P: usize, const NIBBLES: usize>(
     rows: *const T,
-    tokens: usize,
-    k: usize,
     lifts: &[Lift],
+    k: usize,
     out: *mut W,
 ) {
-    /// Columns at a time, so that a piece of `out` stays in the cache while the tokens take turns.
-    const COLUMNS: usize = 64;
-    let padded = k.next_multiple_of(P);
-    for first in (0..padded).step_by(COLUMNS) {
+    for first in (0..k).step_by(CHUNK) {
         for token in 0..PANEL {
-            for i in first..padded.min(first + COLUMNS) {
-                let x = if token < tokens && i < k {
-                    // SAFETY: the token and the column exist.
-                    unsafe { rows.add(token * k + i).read_unaligned() }.widen() * lifts[token].by
-                } else {
-                    0.0
-                };
+            let x = match lifts.get(token) {
+                // SAFETY: the token has a row.
+                Some(&lift) => unsafe { chunk::<T, W, NIBBLES>(rows.add(token * k), k, first, lift) },
+                None => [W::default(); CHUNK],
+            };
+            for i in (0..CHUNK).step_by(P) {
                 // SAFETY: the index is below sixteen times the padded length.
-                unsafe { out.add((i / P * PANEL + token) * P + i % P).write(W::narrow(x)) };
+                unsafe {
+                    let to = out.add((first + i) * PANEL + token * P).cast::<[W; P]>();
+                    to.write_unaligned(std::array::from_fn(|j| x[i + j]));
+                }
             }
         }
     }

@@ -7,7 +7,7 @@
 #[cfg(target_arch = "x86_64")]
 use super::avx512;
 use super::few::multiply_add;
-use super::pack::{self, Buffer, Lift, PANEL};
+use super::pack::{self, Buffer, CHUNK, Lift, NATURAL, PANEL};
 use super::{Path, Product};
 use crate::cpu::dequantize::{Tensor4, run_of_elements};
 use crate::cpu::element::{Bf16, Element, F32};
@@ -20,13 +20,16 @@ use crate::{Dtype, Result};
 pub const ROWS: usize = 48;
 
 /// Columns of a tile, so that it stays in the second cache with its panels.
-const COLUMNS: usize = 512;
+pub const COLUMNS: usize = 512;
 
 /// Columns added up one after the other. Shorter chains round less: a chain's error grows with its length.
 const CHAIN: usize = 128;
 
 /// From row to row of a tile: a power of two would put the rows on the same lines of the cache.
 pub const STRIDE: usize = COLUMNS + 32;
+
+/// Rows between the one that is decoded and the one whose codes are asked for.
+const AHEAD: usize = 12;
 
 /// Tokens that are done with before the weight is decoded again for the next ones.
 pub const TOKENS: usize = 256;
@@ -43,52 +46,78 @@ pub struct Kernel<W> {
     pub run: Run<W>,
 }
 
+/// Decodes `depth` columns of a row of the weight, from `start` of the flattened weight on.
+pub type Decode<W> = unsafe fn(weight: &Tensor4, start: usize, depth: usize, out: *mut W);
+
+/// What a path multiplies tiles with.
+struct Plan<'a, W> {
+    decode: Decode<W>,
+    /// `kernels[v]` takes `v + 1` panels.
+    kernels: &'a [Kernel<W>],
+}
+
 /// # Safety
 /// The product's addresses hold what it says, and the processor runs its path.
 pub unsafe fn multiply<T: Lookup>(product: &Product<T>, dtype: Dtype, threads: usize) -> Result<()> {
     // SAFETY: the caller's promise, handed on: each path gets the kernels that it runs.
     unsafe {
-        match product.path {
-            #[cfg(target_arch = "x86_64")]
-            Path::Avx512Bf16 if dtype == Dtype::Bf16 => run::<T, Bf16, 2>(product, &avx512::TILES_BF16, threads),
-            #[cfg(target_arch = "x86_64")]
-            Path::Avx512Bf16 | Path::Avx512 => run::<T, F32, 1>(product, &avx512::TILES_F32, threads),
-            #[cfg(target_arch = "x86_64")]
-            Path::Avx2 => run::<T, F32, 1>(product, &[Kernel { rows: 6, run: avx2 }], threads),
-            _ => run::<T, F32, 1>(product, &[PORTABLE], threads),
+        #[cfg(target_arch = "x86_64")]
+        if product.path.is_avx512() {
+            let whole_blocks = product.k.is_multiple_of(product.weight.blocksize);
+            let (bf16, f32) = (&avx512::TILES_BF16, &avx512::TILES_F32);
+            return match (product.path == Path::Avx512Bf16 && dtype == Dtype::Bf16, whole_blocks) {
+                (true, true) => {
+                    let plan = Plan { decode: avx512::decode_bf16, kernels: bf16 };
+                    run::<T, Bf16, 2, 4>(product, &plan, threads)
+                }
+                (true, false) => run::<T, Bf16, 2, NATURAL>(product, &Plan { decode, kernels: bf16 }, threads),
+                (false, true) => {
+                    let plan = Plan { decode: avx512::decode_f32, kernels: f32 };
+                    run::<T, F32, 1, 8>(product, &plan, threads)
+                }
+                (false, false) => run::<T, F32, 1, NATURAL>(product, &Plan { decode, kernels: f32 }, threads),
+            };
         }
+        let _ = dtype;
+        let kernel = match product.path {
+            #[cfg(target_arch = "x86_64")]
+            Path::Avx2 => Kernel { rows: 6, run: avx2 },
+            _ => PORTABLE,
+        };
+        run::<T, F32, 1, NATURAL>(product, &Plan { decode, kernels: &[kernel] }, threads)
     }
 }
 
-/// `kernels[v]` takes `v + 1` panels. `P` consecutive columns are multiplied together.
-unsafe fn run<T: Lookup, W: Lookup, const P: usize>(
+/// `P` consecutive columns are multiplied together; columns of a chunk are in the order of `NIBBLES`, as `plan.decode` writes them.
+unsafe fn run<T: Lookup, W: Lookup, const P: usize, const NIBBLES: usize>(
     product: &Product<T>,
-    kernels: &[Kernel<W>],
+    plan: &Plan<W>,
     threads: usize,
 ) -> Result<()> {
     let Product { n, k, m, .. } = *product;
-    let stride = k.next_multiple_of(P) * PANEL;
+    let stride = k.next_multiple_of(CHUNK) * PANEL;
     let mut packed = Buffer::new(m.min(TOKENS).div_ceil(PANEL) * stride);
     for first in (0..m).step_by(TOKENS) {
         let tokens = TOKENS.min(m - first);
-        // SAFETY: the tokens exist; `packed` has a panel for every sixteen.
-        let lifts: Vec<Lift> =
-            (first..first + tokens).map(|token| unsafe { Lift::of(product.x.add(token * k), k) }).collect();
+        // SAFETY: the tokens exist.
+        let lift = |token: usize| unsafe { Lift::of(product.x.add((first + token) * k), k) };
+        let lifts: Vec<Lift> = (0..tokens).map(lift).collect();
         let panels = packed.as_mut_ptr() as usize;
         pool::run(tokens.div_ceil(PANEL), PANEL * k * 16, threads, |start, end| {
             for panel in start..end {
-                let token = panel * PANEL;
-                let (count, out) = (PANEL.min(tokens - token), (panels as *mut W).wrapping_add(panel * stride));
-                // SAFETY: as above; each panel is written by one thread.
+                let (token, out) = (panel * PANEL, (panels as *mut W).wrapping_add(panel * stride));
+                let lifts = &lifts[token..tokens.min(token + PANEL)];
+                // SAFETY: the tokens exist, and `packed` has a panel for every sixteen; each is written by one thread.
                 unsafe {
-                    pack::side_by_side::<T, W, P>(product.x.add((first + token) * k), count, k, &lifts[token..], out);
+                    pack::side_by_side::<T, W, P, NIBBLES>(product.x.add((first + token) * k), lifts, k, out);
                 }
             }
         })?;
-        let part = Part { product, packed: &packed, stride, kernels, first, lifts: &lifts };
+        let part = Part { product, packed: &packed, stride, plan, first, lifts: &lifts };
         pool::run(n.div_ceil(ROWS), ROWS * k * tokens / 4, threads, |start, end| {
+            // Whole chunks where columns are out of order, else whole steps of the kernel.
             // SAFETY: the caller's promise; parts are different rows.
-            unsafe { part.run::<P>(start, end) };
+            unsafe { part.run(start, end, if NIBBLES == NATURAL { P } else { CHUNK }) };
         })?;
     }
     Ok(())
@@ -99,14 +128,14 @@ struct Part<'a, T, W> {
     product: &'a Product<'a, T>,
     packed: &'a Buffer<W>,
     stride: usize,
-    kernels: &'a [Kernel<W>],
+    plan: &'a Plan<'a, W>,
     first: usize,
     lifts: &'a [Lift],
 }
 
 impl<T: Lookup, W: Lookup> Part<'_, T, W> {
-    /// Tiles of the rows `start * ROWS..end * ROWS`.
-    unsafe fn run<const P: usize>(&self, start: usize, end: usize) {
+    /// Tiles of the rows `start * ROWS..end * ROWS`, whose columns are filled up to a multiple of `step`.
+    unsafe fn run(&self, start: usize, end: usize, step: usize) {
         let Product { ref weight, n, k, .. } = *self.product;
         let panels = self.lifts.len().div_ceil(PANEL);
         let mut tile: Buffer<W> = Buffer::new(ROWS * STRIDE);
@@ -116,15 +145,19 @@ impl<T: Lookup, W: Lookup> Part<'_, T, W> {
             sums.as_mut_slice().fill(0.0);
             for column in (0..k).step_by(COLUMNS) {
                 let depth = COLUMNS.min(k - column);
-                // SAFETY: the columns lie within the rows, the rows within the weight; the tile has room for them and for one zero more.
+                // SAFETY: the columns lie within the rows, the rows within the weight; the tile has room for them and for what is filled up.
                 unsafe {
                     for row in 0..rows {
-                        let at = (first + row) * k + column;
+                        // Rows are too short here for the processor to see what comes next.
+                        let (ahead, from) = match row + AHEAD {
+                            ahead if ahead < rows => (ahead, column),
+                            ahead => (ahead - rows, column + COLUMNS),
+                        };
+                        weight.prefetch((first + ahead) * k + from, depth);
                         let to = tile.as_mut_ptr().add(row * STRIDE);
-                        decode(weight, at, at + depth, to);
-                        to.add(depth).write(W::default());
+                        (self.plan.decode)(weight, (first + row) * k + column, depth, to);
                     }
-                    self.multiply(&tile, rows, column, depth.next_multiple_of(P), panels, &mut sums);
+                    self.multiply(&tile, rows, column, depth.next_multiple_of(step), panels, &mut sums);
                 }
             }
             // SAFETY: the rows are rows of the result.
@@ -145,9 +178,9 @@ impl<T: Lookup, W: Lookup> Part<'_, T, W> {
         let mut panel = 0;
         while panel < panels {
             // As even a split as there is: five panels are three and two, not four and one.
-            let groups = (panels - panel).div_ceil(self.kernels.len());
+            let groups = (panels - panel).div_ceil(self.plan.kernels.len());
             let width = (panels - panel).div_ceil(groups);
-            let kernel = self.kernels[width - 1];
+            let kernel = self.plan.kernels[width - 1];
             // SAFETY: the panels and the columns exist; kernels' rows divide ROWS, so the last rows of a tile, which may be old ones,
             // are there too, and so is room for their sums.
             unsafe {
@@ -165,8 +198,18 @@ impl<T: Lookup, W: Lookup> Part<'_, T, W> {
     }
 }
 
+/// Columns in their natural order, and a zero for kernels that take two at a time.
+#[inline(always)]
+unsafe fn decode_body<T: Lookup>(weight: &Tensor4, start: usize, depth: usize, out: *mut T) {
+    // SAFETY: the caller's promise, handed on; rows of a tile have room for more than the columns.
+    unsafe {
+        run_of_elements(weight, start, start + depth, out);
+        out.add(depth).write(T::default());
+    }
+}
+
 multiversion! {
-    unsafe fn decode[T: Lookup][T](weight: &Tensor4, start: usize, end: usize, out: *mut T) => run_of_elements
+    unsafe fn decode[T: Lookup][T](weight: &Tensor4, start: usize, depth: usize, out: *mut T) => decode_body
 }
 
 /// Adds the bias, rounds, and writes the rows' part of the result.
