@@ -105,16 +105,6 @@ pub(super) struct Tensor4<'a> {
 unsafe impl Sync for Tensor4<'_> {}
 
 impl Tensor4<'_> {
-    /// The scale of an element.
-    ///
-    /// # Safety
-    /// The tensor has the element.
-    #[inline(always)]
-    pub(super) unsafe fn scale(&self, element: usize) -> f32 {
-        // SAFETY: the caller's promise.
-        unsafe { self.scales.get(element >> self.blocksize.trailing_zeros()) }
-    }
-
     /// Asks for the codes and the scales of `count` elements, wherever they are: they will be read soon.
     #[inline(always)]
     pub(super) fn prefetch(&self, start: usize, count: usize) {

@@ -8,12 +8,13 @@
 // One index addresses several arrays at once.
 #![allow(clippy::needless_range_loop)]
 
+use std::arch::asm;
 use std::arch::x86_64::*;
 
 use super::few::{MOST_ROWS, MOST_TOKENS, Operands};
 use super::pack::{CHUNK, PANEL};
 use super::tiles::{COLUMNS, Kernel, STRIDE, TOKENS};
-use crate::cpu::dequantize::Tensor4;
+use crate::cpu::dequantize::{Scales, Tensor4};
 use crate::cpu::element::{Bf16, F32};
 
 /// Bytes of tokens that leave room in the first cache for codes.
@@ -308,9 +309,10 @@ few!(
 );
 
 /// The part of a row that lies in a tile, by quarters of a chunk: a block has at least as many elements.
+#[repr(align(64))]
 struct Piece {
-    codes: *const u8,
     scales: [f32; COLUMNS / QUARTER],
+    codes: *const u8,
 }
 
 /// Elements of a quarter of a chunk.
@@ -322,13 +324,35 @@ impl Piece {
     /// # Safety
     /// The weight has these elements, and they begin with a block's quarter.
     #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
     unsafe fn new(weight: &Tensor4, start: usize, depth: usize) -> Self {
-        let mut scales = [0.0; COLUMNS / QUARTER];
-        for (i, scale) in scales[..depth.div_ceil(QUARTER)].iter_mut().enumerate() {
-            // SAFETY: the element is one of the caller's.
-            *scale = unsafe { weight.scale(start + i * QUARTER) };
+        const { assert!(COLUMNS / QUARTER == 16, "scales fill one register") };
+        let log2_blocksize = weight.blocksize.trailing_zeros();
+        let first = start >> log2_blocksize;
+        let count = ((start + depth - 1) >> log2_blocksize) - first + 1;
+        // SAFETY: only scales of the caller's elements are read; the result is as large as a register.
+        unsafe {
+            let scales = match weight.scales {
+                Scales::Plain(absmax) => _mm512_maskz_loadu_ps(((1u32 << count) - 1) as __mmask16, absmax.add(first)),
+                nested => {
+                    let mut scales = [0.0; COLUMNS / QUARTER];
+                    for (i, scale) in scales[..count].iter_mut().enumerate() {
+                        *scale = nested.get(first + i);
+                    }
+                    _mm512_loadu_ps(scales.as_ptr())
+                }
+            };
+            let lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+            let elements = _mm512_add_epi32(
+                _mm512_slli_epi32::<{ QUARTER.trailing_zeros() }>(lanes),
+                _mm512_set1_epi32((start % weight.blocksize) as i32),
+            );
+            let blocks = _mm512_srlv_epi32(elements, _mm512_set1_epi32(log2_blocksize as i32));
+            let present = _mm512_cmplt_epi32_mask(blocks, _mm512_set1_epi32(count as i32));
+            let mut piece = Self { scales: [0.0; COLUMNS / QUARTER], codes: weight.codes.wrapping_add(start / 2) };
+            _mm512_store_ps(piece.scales.as_mut_ptr(), _mm512_maskz_permutexvar_ps(present, blocks, scales));
+            piece
         }
-        Self { codes: weight.codes.wrapping_add(start / 2), scales }
     }
 
     /// The double words of the chunk from element `first` on, zeros from `depth` on.
@@ -434,10 +458,7 @@ macro_rules! tiles {
                         _mm512_loadu_ps(panels.add(v * stride).cast::<f32>().add(word * PANEL))
                     });
                     for row in 0..R {
-                        let w = _mm512_set1_ps(tile.add(row * STRIDE).cast::<f32>().add(word).read_unaligned());
-                        for v in 0..V {
-                            totals[row][v] = $dot(totals[row][v], w, x[v]);
-                        }
+                        totals[row] = $dot(totals[row], tile.add(row * STRIDE).cast::<i32>().add(word), x);
                     }
                 }
                 for row in 0..R {
@@ -458,9 +479,38 @@ macro_rules! tiles {
         ];
     };
 }
-tiles!(TILES_F32, tile_f32, F32, "avx512f,avx512bw,avx512dq,avx512vl", 1, |sum, w, x| _mm512_fmadd_ps(w, x, sum));
-tiles!(TILES_BF16, tile_bf16, Bf16, "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16", 2, |sum, w, x| _mm512_dpbf16_ps(
-    sum,
-    bf16(_mm512_castps_si512(w)),
-    bf16(_mm512_castps_si512(x))
-));
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+unsafe fn dot_f32<const V: usize>(mut totals: [__m512; V], word: *const i32, x: [__m512; V]) -> [__m512; V] {
+    // SAFETY: the caller's word of a tile.
+    let w = _mm512_castsi512_ps(_mm512_set1_epi32(unsafe { word.read_unaligned() }));
+    for v in 0..V {
+        totals[v] = _mm512_fmadd_ps(w, x[v], totals[v]);
+    }
+    totals
+}
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+unsafe fn dot_bf16<const V: usize>(mut totals: [__m512; V], word: *const i32, x: [__m512; V]) -> [__m512; V] {
+    if V == 1 {
+        // One product for each broadcast: only with the broadcast as its operand, which the compiler does not find, is it not held
+        // up by the instructions.
+        // SAFETY: one AVX-512 BF16 instruction that reads the caller's word of a tile.
+        unsafe {
+            asm!("vdpbf16ps {0}, {1}, dword ptr [{2}]{{1to16}}", inout(zmm_reg) totals[0], in(zmm_reg) x[0], in(reg) word,
+                options(pure, readonly, nostack, preserves_flags));
+        }
+        return totals;
+    }
+    // SAFETY: the caller's word of a tile.
+    let w = bf16(_mm512_set1_epi32(unsafe { word.read_unaligned() }));
+    for v in 0..V {
+        totals[v] = _mm512_dpbf16_ps(totals[v], w, bf16(_mm512_castps_si512(x[v])));
+    }
+    totals
+}
+
+tiles!(TILES_F32, tile_f32, F32, "avx512f,avx512bw,avx512dq,avx512vl", 1, dot_f32);
+tiles!(TILES_BF16, tile_bf16, Bf16, "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16", 2, dot_bf16);

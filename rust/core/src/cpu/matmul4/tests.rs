@@ -285,8 +285,8 @@ fn no_columns_give_the_bias() {
     let mut out = vec![F32::default(); 7];
     let case = Case::new(7, 0, 64, QuantType::Nf4, false, 1);
     for (path, method) in ways(1) {
-        let (bias, out) = (bias.as_ptr() as u64, out.as_mut_ptr() as u64);
-        let rows = Rows { x: 0, m: 1, dtype: Dtype::F32, bias, out };
+        let (from, to) = (bias.as_ptr() as u64, out.as_mut_ptr() as u64);
+        let rows = Rows { x: 0, m: 1, dtype: Dtype::F32, bias: from, out: to };
         // SAFETY: nothing is read but the bias.
         unsafe { multiply(case.weight(), rows, 1, path, method) }.unwrap();
         assert_eq!(bits(&out), bits(&bias));
