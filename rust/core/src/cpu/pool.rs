@@ -14,24 +14,36 @@ type Pools = HashMap<(u32, usize), Arc<rayon::ThreadPool>>;
 
 /// Runs `work(first, last)` over `0..units` in contiguous parts, on up to `threads` threads.
 pub fn run(units: usize, bytes_per_unit: usize, threads: usize, work: impl Fn(usize, usize) + Sync) -> Result<()> {
+    run_with(units, bytes_per_unit, threads, || (), |(), first, last| work(first, last))
+}
+
+/// As [`run`], with something that each thread makes once and hands to each of its parts.
+pub fn run_with<S>(
+    units: usize,
+    bytes_per_unit: usize,
+    threads: usize,
+    scratch: impl Fn() -> S + Sync,
+    work: impl Fn(&mut S, usize, usize) + Sync,
+) -> Result<()> {
     let useful = (units.saturating_mul(bytes_per_unit) / BYTES_PER_THREAD).max(1);
     let threads = threads.clamp(1, 1024).min(useful).min(units.max(1));
     if threads == 1 {
         let _mode = DefaultFloatMode::enter();
-        work(0, units);
+        work(&mut scratch(), 0, units);
         return Ok(());
     }
-    // More parts than threads, so that a thread that is late is not waited for.
-    let parts = (threads * 4).min(units);
+    // Many more parts than threads: one that sleeps takes 20 µs to wake, and the others then do more of them.
+    let parts = (threads * 16).min(units);
     let next = AtomicUsize::new(0);
     let take_parts = || {
         let _mode = DefaultFloatMode::enter();
+        let mut made = None;
         loop {
             let part = next.fetch_add(1, Ordering::Relaxed);
             if part >= parts {
                 break;
             }
-            work(units * part / parts, units * (part + 1) / parts);
+            work(made.get_or_insert_with(&scratch), units * part / parts, units * (part + 1) / parts);
         }
     };
     // The calling thread works too: it is awake already.

@@ -13,7 +13,7 @@ use crate::{Dtype, Result};
 pub const MOST_TOKENS: usize = 8;
 
 /// The most rows that a kernel is given at a time.
-pub const MOST_ROWS: usize = 8;
+pub const MOST_ROWS: usize = 16;
 
 /// What a kernel reads: tokens `x`, already in its order, `stride` elements apart.
 pub struct Operands<'a, W> {
@@ -98,14 +98,13 @@ unsafe fn run<T: Element, W: Element>(
 ) -> Result<()> {
     let Product { ref weight, n, k, m, .. } = *product;
     let operands = Operands { weight, k, x: packed.as_ptr(), stride, m };
-    pool::run(n, k / 2, threads, |first, last| {
+    pool::run_with(n, k / 2, threads, Vec::new, |scratch, first, last| {
         let mut sums = [[0.0; MOST_TOKENS]; MOST_ROWS];
-        let mut scratch = Vec::new();
         for row in (first..last).step_by(MOST_ROWS) {
             let count = MOST_ROWS.min(last - row);
             // SAFETY: the rows are below `n`, and so are the elements of the result that they give.
             unsafe {
-                kernel(&operands, row, &mut sums[..count], &mut scratch);
+                kernel(&operands, row, &mut sums[..count], scratch);
                 for (row, sums) in (row..).zip(&sums[..count]) {
                     let bias = product.bias(row);
                     for (token, (sum, lift)) in sums.iter().zip(lifts).enumerate() {

@@ -114,10 +114,12 @@ unsafe fn run<T: Lookup, W: Lookup, const P: usize, const NIBBLES: usize>(
             }
         })?;
         let part = Part { product, packed: &packed, stride, plan, first, lifts: &lifts };
-        pool::run(n.div_ceil(ROWS), ROWS * k * tokens / 4, threads, |start, end| {
+        let scratch = || (Buffer::new(ROWS * STRIDE), Buffer::new(ROWS * TOKENS));
+        pool::run_with(n.div_ceil(ROWS), ROWS * k * tokens / 4, threads, scratch, |(tile, sums), start, end| {
             // Whole chunks where columns are out of order, else whole steps of the kernel.
+            let step = if NIBBLES == NATURAL { P } else { CHUNK };
             // SAFETY: the caller's promise; parts are different rows.
-            unsafe { part.run(start, end, if NIBBLES == NATURAL { P } else { CHUNK }) };
+            unsafe { part.run(start, end, step, tile, sums) };
         })?;
     }
     Ok(())
@@ -135,11 +137,9 @@ struct Part<'a, T, W> {
 
 impl<T: Lookup, W: Lookup> Part<'_, T, W> {
     /// Tiles of the rows `start * ROWS..end * ROWS`, whose columns are filled up to a multiple of `step`.
-    unsafe fn run(&self, start: usize, end: usize, step: usize) {
+    unsafe fn run(&self, start: usize, end: usize, step: usize, tile: &mut Buffer<W>, sums: &mut Buffer<f32>) {
         let Product { ref weight, n, k, .. } = *self.product;
         let panels = self.lifts.len().div_ceil(PANEL);
-        let mut tile: Buffer<W> = Buffer::new(ROWS * STRIDE);
-        let mut sums = Buffer::new(ROWS * TOKENS);
         for first in (start * ROWS..n.min(end * ROWS)).step_by(ROWS) {
             let rows = ROWS.min(n - first);
             sums.as_mut_slice().fill(0.0);
@@ -157,7 +157,7 @@ impl<T: Lookup, W: Lookup> Part<'_, T, W> {
                         let to = tile.as_mut_ptr().add(row * STRIDE);
                         (self.plan.decode)(weight, (first + row) * k + column, depth, to);
                     }
-                    self.multiply(&tile, rows, column, depth.next_multiple_of(step), panels, &mut sums);
+                    self.multiply(tile, rows, column, depth.next_multiple_of(step), panels, sums);
                 }
             }
             // SAFETY: the rows are rows of the result.
