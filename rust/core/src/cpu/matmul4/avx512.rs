@@ -85,7 +85,8 @@ impl Chunks {
     /// All chunks, up to `longest` at a time.
     fn runs(&self, longest: usize) -> impl Iterator<Item = Run> {
         let (whole, present) = (self.whole, self.in_whole);
-        let wholes = (0..whole).step_by(longest).map(move |first| Run { first, end: whole.min(first + longest), present });
+        let wholes =
+            (0..whole).step_by(longest).map(move |first| Run { first, end: whole.min(first + longest), present });
         let last = Run { first: whole, end: self.count, present: self.in_last };
         wholes.chain((whole < self.count).then_some(last))
     }
@@ -307,14 +308,14 @@ few!(
     ///
     /// # Safety
     /// The processor has AVX-512 and its bfloat16; the rows from `first` on lie within the weight and hold whole blocks.
-    few_bf16, Bf16, rows_bf16, "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16", 2
+    few_bf16, Bf16, rows_bf16, "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16", 1
 );
 few!(
     /// float32 tokens, packed by eight nibbles.
     ///
     /// # Safety
     /// The processor has AVX-512; the rows from `first` on lie within the weight and hold whole blocks.
-    few_f32, F32, rows_f32, "avx512f,avx512bw,avx512dq,avx512vl", 2
+    few_f32, F32, rows_f32, "avx512f,avx512bw,avx512dq,avx512vl", 1
 );
 
 /// The part of a row that lies in a tile, by quarters of a chunk: a block has at least as many elements.
@@ -405,12 +406,8 @@ pub unsafe fn decode_bf16(weight: &Tensor4, start: usize, depth: usize, out: *mu
             let front = piece.results(values, first / QUARTER);
             let back = piece.results(values, first / QUARTER + 2);
             let codes = piece.codes(first, depth);
-            let shifted = [
-                codes,
-                _mm512_srli_epi16::<4>(codes),
-                _mm512_srli_epi16::<8>(codes),
-                _mm512_srli_epi16::<12>(codes),
-            ];
+            let shifted =
+                [codes, _mm512_srli_epi16::<4>(codes), _mm512_srli_epi16::<8>(codes), _mm512_srli_epi16::<12>(codes)];
             let out = out.add(first).cast::<__m512i>();
             for i in 0..4 {
                 // (shifted & nibble) | quarter

@@ -2,25 +2,24 @@
 
 #[cfg(target_arch = "x86_64")]
 use super::avx512;
-use super::pack::{self, Buffer, CHUNK, Lift};
+use super::pack::{self, Buffer, CHUNK, Lift, NATURAL};
 use super::{Path, Product};
 use crate::cpu::dequantize::{Tensor4, run_of_elements};
-use crate::cpu::element::{Bf16, Element, F32};
+use crate::cpu::element::{Bf16, Element, F32, load};
 use crate::cpu::pool;
 use crate::{Dtype, Result};
 
-/// The most tokens that this method takes.
+/// The most tokens that a kernel takes at a time: more are done in groups.
 pub const MOST_TOKENS: usize = 8;
 
 /// The most rows that a kernel is given at a time.
 pub const MOST_ROWS: usize = 16;
 
-/// What a kernel reads: tokens `x`, already in its order, `stride` elements apart.
+/// What a kernel reads: the weight, and tokens `x` packed in the kernel's order.
 pub struct Operands<'a, W> {
     pub weight: &'a Tensor4<'a>,
     pub k: usize,
     pub x: *const W,
-    pub stride: usize,
     pub m: usize,
 }
 
@@ -33,82 +32,69 @@ type Kernel<W> = unsafe fn(&Operands<W>, first: usize, sums: &mut [[f32; MOST_TO
 /// # Safety
 /// The product's addresses hold what it says, and the processor runs its path.
 pub unsafe fn multiply<T: Element>(product: &Product<T>, dtype: Dtype, threads: usize) -> Result<()> {
-    let Product { k, x, m, path, .. } = *product;
-    // SAFETY: the tokens are `m` rows of `k` elements.
-    let lifts: Vec<Lift> = (0..m).map(|token| unsafe { Lift::of(x.add(token * k), k) }).collect();
-    #[cfg(target_arch = "x86_64")]
-    if path.is_avx512() && k.is_multiple_of(product.weight.blocksize) {
-        let stride = k.next_multiple_of(CHUNK);
-        // SAFETY: the rows are the product's, the room is what the packing asks for, and the processor has what the kernels need.
-        return unsafe {
-            if path == Path::Avx512Bf16 && dtype == Dtype::Bf16 {
-                let packed = packed(product, stride, |row, token, out: *mut Bf16| {
-                    pack::by_chunks::<T, Bf16, 4>(row, k, lifts[token], out.add(token * CHUNK), m * CHUNK);
-                });
-                run(product, &packed, stride, &lifts, avx512::few_bf16, threads)
-            } else {
-                let packed = packed(product, stride, |row, token, out: *mut F32| {
-                    pack::by_chunks::<T, F32, 8>(row, k, lifts[token], out.add(token * CHUNK), m * CHUNK);
-                });
-                run(product, &packed, stride, &lifts, avx512::few_f32, threads)
-            }
-        };
-    }
-    let _ = dtype;
-    // SAFETY: as above.
+    // SAFETY: the caller's promise, handed on: each path gets a kernel that it runs, and tokens in the kernel's order.
     unsafe {
-        let packed = packed(product, k, |row, token, out: *mut F32| {
-            for i in 0..k {
-                out.add(token * k + i).write(F32::narrow(row.add(i).read_unaligned().widen() * lifts[token].by));
+        #[cfg(target_arch = "x86_64")]
+        if product.path.is_avx512() && product.k.is_multiple_of(product.weight.blocksize) {
+            if product.path == Path::Avx512Bf16 && dtype == Dtype::Bf16 {
+                return run::<T, Bf16, 4>(product, avx512::few_bf16, threads);
             }
-        });
-        let kernel = match path {
+            return run::<T, F32, 8>(product, avx512::few_f32, threads);
+        }
+        let _ = dtype;
+        let kernel = match product.path {
             #[cfg(target_arch = "x86_64")]
             Path::Avx512Bf16 | Path::Avx512 => x86::avx512,
             #[cfg(target_arch = "x86_64")]
             Path::Avx2 => x86::avx2,
             _ => rows_of_dots::<{ cfg!(target_arch = "aarch64") }>,
         };
-        run(product, &packed, k, &lifts, kernel, threads)
+        run::<T, F32, NATURAL>(product, kernel, threads)
     }
 }
 
-/// All tokens through `pack(row, token, out)`, `stride` elements apart.
-unsafe fn packed<T: Element, W: Element>(
+/// Runs a kernel over all rows of the weight. Tokens are packed by chunks: all tokens of a group have their first chunk, then all
+/// their second one, and so on, in the order of `NIBBLES`.
+unsafe fn run<T: Element, W: Element, const NIBBLES: usize>(
     product: &Product<T>,
-    stride: usize,
-    pack: impl Fn(*const T, usize, *mut W),
-) -> Buffer<W> {
-    let mut packed: Buffer<W> = Buffer::new(product.m * stride);
-    for token in 0..product.m {
-        // SAFETY: both have a row for every token.
-        unsafe { pack(product.x.add(token * product.k), token, packed.as_mut_ptr()) };
-    }
-    packed
-}
-
-/// Runs a kernel over all rows of the weight.
-unsafe fn run<T: Element, W: Element>(
-    product: &Product<T>,
-    packed: &Buffer<W>,
-    stride: usize,
-    lifts: &[Lift],
     kernel: Kernel<W>,
     threads: usize,
 ) -> Result<()> {
     let Product { ref weight, n, k, m, .. } = *product;
-    let operands = Operands { weight, k, x: packed.as_ptr(), stride, m };
-    pool::run_with(n, k / 2, threads, Vec::new, |scratch, first, last| {
-        let mut sums = [[0.0; MOST_TOKENS]; MOST_ROWS];
-        for row in (first..last).step_by(MOST_ROWS) {
-            let count = MOST_ROWS.min(last - row);
-            // SAFETY: the rows are below `n`, and so are the elements of the result that they give.
+    let stride = k.next_multiple_of(CHUNK);
+    let mut packed: Buffer<W> = Buffer::new(m * stride);
+    let mut lifts = Vec::with_capacity(m);
+    // As even a split as there is: nine tokens are five and four, not eight and one.
+    let count = m.div_ceil(MOST_TOKENS);
+    let mut groups = Vec::with_capacity(count);
+    for group in 0..count {
+        let (first, end) = (m * group / count, m * (group + 1) / count);
+        let x = packed.as_mut_ptr().wrapping_add(first * stride);
+        for token in first..end {
+            // SAFETY: the token has a row of `k` elements, its group room for all of its chunks.
             unsafe {
-                kernel(&operands, row, &mut sums[..count], scratch);
-                for (row, sums) in (row..).zip(&sums[..count]) {
-                    let bias = product.bias(row);
-                    for (token, (sum, lift)) in sums.iter().zip(lifts).enumerate() {
-                        product.out.add(token * n + row).write_unaligned(T::narrow(sum * lift.back + bias));
+                let row = product.x.add(token * k);
+                let lift = Lift::of(row, k);
+                pack::by_chunks::<T, W, NIBBLES>(row, k, lift, x.add((token - first) * CHUNK), (end - first) * CHUNK);
+                lifts.push(lift);
+            }
+        }
+        groups.push((first, Operands { weight, k, x, m: end - first }));
+    }
+    pool::run_with(n, k * count / 2, threads, Vec::new, |scratch, start, end| {
+        let mut sums = [[0.0; MOST_TOKENS]; MOST_ROWS];
+        for row in (start..end).step_by(MOST_ROWS) {
+            let sums = &mut sums[..MOST_ROWS.min(end - row)];
+            for (first, operands) in &groups {
+                // SAFETY: the rows are below `n`, the tokens below `m`, and so are the elements of the result that they give.
+                unsafe {
+                    kernel(operands, row, sums, scratch);
+                    for (row, sums) in (row..).zip(&*sums) {
+                        let bias = product.bias(row);
+                        for (token, sum) in (*first..).zip(&sums[..operands.m]) {
+                            let y = T::narrow(sum * lifts[token].back + bias);
+                            product.out.add(token * n + row).write_unaligned(y);
+                        }
                     }
                 }
             }
@@ -119,8 +105,8 @@ unsafe fn run<T: Element, W: Element>(
 /// Elements decoded at a time: they stay in the first cache.
 const RUN: usize = 512;
 
-/// Running sums of a dot product, added up at its end.
-const LANES: usize = 32;
+/// Running sums of a dot product, added up at its end: two groups of sixteen lanes.
+type Lanes = [[f32; 16]; 2];
 
 /// Decodes a row to float32, run by run, and multiplies it with every token. Takes any `K` and any block size.
 #[inline(always)]
@@ -130,18 +116,20 @@ unsafe fn rows_of_dots<const FMA: bool>(
     sums: &mut [[f32; MOST_TOKENS]],
     _: &mut Vec<f32>,
 ) {
-    let Operands { weight, k, x, stride, m } = *operands;
+    let Operands { weight, k, x, m, .. } = *operands;
     let mut decoded = [F32::default(); RUN];
     for (row, sums) in (first..).zip(sums) {
-        let mut lanes = [[0.0f32; LANES]; MOST_TOKENS];
+        let mut lanes = [Lanes::default(); MOST_TOKENS];
         for start in (0..k).step_by(RUN) {
             let count = RUN.min(k - start);
             // SAFETY: the run lies within the row, the row within the weight; each token has `k` elements.
             unsafe {
                 run_of_elements(weight, row * k + start, row * k + start + count, decoded.as_mut_ptr());
-                for (token, lanes) in lanes[..m].iter_mut().enumerate() {
-                    let x = std::slice::from_raw_parts(x.add(token * stride + start), count);
-                    dot::<FMA>(&decoded[..count], x, lanes);
+                for at in (0..count).step_by(CHUNK) {
+                    for (token, lanes) in lanes[..m].iter_mut().enumerate() {
+                        let x = x.add(((start + at) / CHUNK * m + token) * CHUNK);
+                        *lanes = dot::<FMA>(decoded.as_ptr().add(at), x, CHUNK.min(count - at), *lanes);
+                    }
                 }
             }
         }
@@ -151,20 +139,28 @@ unsafe fn rows_of_dots<const FMA: bool>(
     }
 }
 
+/// Adds the products of `count` pairs to running sums.
+///
+/// # Safety
+/// Both hold `count` elements.
 #[inline(always)]
-fn dot<const FMA: bool>(a: &[F32], b: &[F32], lanes: &mut [f32; LANES]) {
-    let mut sums = *lanes;
-    let (a, b) = (a.chunks_exact(LANES), b.chunks_exact(LANES));
-    let (a_rest, b_rest) = (a.remainder(), b.remainder());
-    for (a, b) in a.zip(b) {
-        for i in 0..LANES {
-            sums[i] = multiply_add::<FMA>(a[i].widen(), b[i].widen(), sums[i]);
+unsafe fn dot<const FMA: bool>(a: *const F32, b: *const F32, count: usize, mut lanes: Lanes) -> Lanes {
+    let whole = count / 32 * 32;
+    for i in (0..whole).step_by(32) {
+        for (group, lanes) in lanes.iter_mut().enumerate() {
+            // SAFETY: `i + 32 <= count`.
+            let (a, b): ([f32; 16], [f32; 16]) = unsafe { (load(a.add(i + 16 * group)), load(b.add(i + 16 * group))) };
+            for j in 0..16 {
+                lanes[j] = multiply_add::<FMA>(a[j], b[j], lanes[j]);
+            }
         }
     }
-    for ((sum, a), b) in sums.iter_mut().zip(a_rest).zip(b_rest) {
-        *sum = multiply_add::<FMA>(a.widen(), b.widen(), *sum);
+    for i in whole..count {
+        let lane = &mut lanes[i % 32 / 16][i % 16];
+        // SAFETY: `i < count`.
+        *lane = multiply_add::<FMA>(unsafe { *a.add(i) }.widen(), unsafe { *b.add(i) }.widen(), *lane);
     }
-    *lanes = sums;
+    lanes
 }
 
 /// `a * b + c`, rounded once where the processor does that in one instruction.
@@ -175,8 +171,11 @@ pub fn multiply_add<const FMA: bool>(a: f32, b: f32, c: f32) -> f32 {
 
 /// The sum, halving the lanes.
 #[inline(always)]
-fn sum_of(mut lanes: [f32; LANES]) -> f32 {
-    let mut half = LANES / 2;
+fn sum_of([mut lanes, others]: Lanes) -> f32 {
+    for i in 0..16 {
+        lanes[i] += others[i];
+    }
+    let mut half = 8;
     while half > 0 {
         for i in 0..half {
             lanes[i] += lanes[i + half];

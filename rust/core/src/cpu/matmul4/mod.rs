@@ -54,9 +54,31 @@ enum Method {
 }
 
 /// The method for `m` tokens, or `None` where dequantized panels and the ordinary product are faster.
-fn method(path: Path, _dtype: Dtype, m: usize) -> Option<Method> {
-    let few = if path.is_avx512() { few::MOST_TOKENS } else { 4 };
-    Some(if m <= few { Method::Few } else { Method::Tiles })
+///
+/// Time of few tokens grows with each of them; time of tiles with every sixteen, from a higher start: that of writing the tile. On a
+/// Zen 4 core, 4096 x 4096, milliseconds:
+///
+/// | | M = 4 | 8 | 14 | 16 | 24 | 28 | 32 | 40 | 48 |
+/// |---|---|---|---|---|---|---|---|---|---|
+/// | AVX-512 BF16, few | 0.9 | 1.7 | 3.0 | 3.5 | 5.2 | 5.9 | 7.0 | 8.7 | 10.4 |
+/// | AVX-512 BF16, tiles | 3.3 | 3.4 | 3.4 | 3.5 | 6.0 | 6.0 | 6.0 | 8.5 | 8.7 |
+/// | AVX-512, few | 1.5 | 3.0 | 5.1 | 5.9 | 8.9 | 10.2 | 11.8 | 14.9 | 17.9 |
+/// | AVX-512, tiles | 5.9 | 5.9 | 6.0 | 6.0 | 10.8 | 10.8 | 10.8 | 15.8 | 15.7 |
+/// | AVX2, few | 7.6 | 13 | | | | | | | |
+/// | AVX2, tiles | 7.2 | 7.4 | | | | | | | |
+/// | portable, few | 17.6 | 26 | | | | | | | |
+/// | portable, tiles | 21.6 | 21.6 | | | | | | | |
+fn method(path: Path, dtype: Dtype, m: usize) -> Option<Method> {
+    let few = match path {
+        Path::Avx512Bf16 | Path::Avx512 => m <= 40 && m * 8 < m.next_multiple_of(16) * 7,
+        Path::Avx2 => m <= 3,
+        Path::Portable => m <= 5,
+    };
+    if few {
+        return Some(Method::Few);
+    }
+    let _ = dtype;
+    Some(Method::Tiles)
 }
 
 /// # Safety
