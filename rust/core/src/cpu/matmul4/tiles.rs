@@ -22,9 +22,6 @@ pub const ROWS: usize = 48;
 /// Columns of a tile, so that it stays in the second cache with its panels.
 pub const COLUMNS: usize = 512;
 
-/// Columns added up one after the other. Shorter chains round less: a chain's error grows with its length.
-const CHAIN: usize = 128;
-
 /// From row to row of a tile: a power of two would put the rows on the same lines of the cache.
 pub const STRIDE: usize = COLUMNS + 32;
 
@@ -54,7 +51,12 @@ struct Plan<'a, W> {
     decode: Decode<W>,
     /// `kernels[v]` takes `v + 1` panels.
     kernels: &'a [Kernel<W>],
+    /// Columns added up one after the other: a sum's error grows with its length.
+    chain: usize,
 }
+
+/// Keeps the error of float32 sums below that of ordinary products.
+const CHAIN: usize = 128;
 
 /// # Safety
 /// The product's addresses hold what it says, and the processor runs its path.
@@ -67,15 +69,15 @@ pub unsafe fn multiply<T: Lookup>(product: &Product<T>, dtype: Dtype, threads: u
             let (bf16, f32) = (&avx512::TILES_BF16, &avx512::TILES_F32);
             return match (product.path == Path::Avx512Bf16 && dtype == Dtype::Bf16, whole_blocks) {
                 (true, true) => {
-                    let plan = Plan { decode: avx512::decode_bf16, kernels: bf16 };
+                    let plan = Plan { decode: avx512::decode_bf16, kernels: bf16, chain: COLUMNS };
                     run::<T, Bf16, 2, 4>(product, &plan, threads)
                 }
-                (true, false) => run::<T, Bf16, 2, NATURAL>(product, &Plan { decode, kernels: bf16 }, threads),
+                (true, false) => run::<T, Bf16, 2, NATURAL>(product, &Plan { decode, kernels: bf16, chain: COLUMNS }, threads),
                 (false, true) => {
-                    let plan = Plan { decode: avx512::decode_f32, kernels: f32 };
+                    let plan = Plan { decode: avx512::decode_f32, kernels: f32, chain: CHAIN };
                     run::<T, F32, 1, 8>(product, &plan, threads)
                 }
-                (false, false) => run::<T, F32, 1, NATURAL>(product, &Plan { decode, kernels: f32 }, threads),
+                (false, false) => run::<T, F32, 1, NATURAL>(product, &Plan { decode, kernels: f32, chain: CHAIN }, threads),
             };
         }
         let _ = dtype;
@@ -84,7 +86,7 @@ pub unsafe fn multiply<T: Lookup>(product: &Product<T>, dtype: Dtype, threads: u
             Path::Avx2 => Kernel { rows: 6, run: avx2 },
             _ => PORTABLE,
         };
-        run::<T, F32, 1, NATURAL>(product, &Plan { decode, kernels: &[kernel] }, threads)
+        run::<T, F32, 1, NATURAL>(product, &Plan { decode, kernels: &[kernel], chain: CHAIN }, threads)
     }
 }
 
@@ -187,9 +189,9 @@ impl<T: Lookup, W: Lookup> Part<'_, T, W> {
                 let x = self.packed.as_ptr().add(panel * self.stride + column * PANEL);
                 for row in (0..rows).step_by(kernel.rows) {
                     let to = sums.as_mut_ptr().add(row * TOKENS + panel * PANEL);
-                    for start in (0..depth).step_by(CHAIN) {
+                    for start in (0..depth).step_by(self.plan.chain) {
                         let (tile, x) = (tile.as_ptr().add(row * STRIDE + start), x.add(start * PANEL));
-                        (kernel.run)(tile, x, self.stride, CHAIN.min(depth - start), to);
+                        (kernel.run)(tile, x, self.stride, self.plan.chain.min(depth - start), to);
                     }
                 }
             }
