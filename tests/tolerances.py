@@ -12,3 +12,7 @@ PUBLISHED_ERROR = {("nf4", 64): 0.0728, ("fp4", 64): 0.0965, ("dynamic", 256): 0
 
 # Four standard errors of the mean at 2**20 elements, and half a unit of the published last digit.
 PUBLISHED_SLACK = {("nf4", 64): 3e-4, ("fp4", 64): 4e-4, ("dynamic", 256): 1e-4}
+
+# The relative error of a product with 4-bit weights, over that of F.linear on weights dequantized to the activations'
+# dtype.
+MATMUL4_OVER_LINEAR = 1.2

@@ -135,8 +135,8 @@ pub(super) unsafe fn run_of_elements<T: Lookup>(tensor: &Tensor4, start: usize, 
             let (scale, out) = (tensor.scales.get(block), out.add(at - start));
             let codes = tensor.codes.add(at / 2);
             #[cfg(target_arch = "x86_64")]
-            if at % 2 == 0
-                && (stop - at) % 32 == 0
+            if at.is_multiple_of(2)
+                && (stop - at).is_multiple_of(32)
                 && Path::chosen().is_avx512()
                 && avx512::dequantize_block(codes, tensor.values, scale, out, stop - at)
             {
@@ -144,7 +144,7 @@ pub(super) unsafe fn run_of_elements<T: Lookup>(tensor: &Tensor4, start: usize, 
                 continue;
             }
             let results = tensor.values.map(|value| T::narrow(value * scale));
-            if at % 2 == 0 {
+            if at.is_multiple_of(2) {
                 expand(codes, &results, out, stop - at);
             } else {
                 out.write_unaligned(results[usize::from(*codes & 15)]);

@@ -67,6 +67,24 @@ impl Path {
     }
 }
 
+/// Whether this processor multiplies tiles of bfloat16 (AMX), as torch's own products do there.
+pub fn has_amx_bf16() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    {
+        // Safe from Rust 1.94 on.
+        #[allow(unused_unsafe)]
+        // SAFETY: every x86-64 processor has CPUID; leaf 7 is asked for where there is one.
+        unsafe {
+            use std::arch::x86_64::{__cpuid, __cpuid_count};
+            __cpuid(0).eax >= 7 && __cpuid_count(7, 0).edx >> 22 & 1 == 1
+        }
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    {
+        false
+    }
+}
+
 /// Names of the vector extensions that this processor reports, for diagnostics.
 pub fn features() -> Vec<&'static str> {
     #[cfg(target_arch = "x86_64")]

@@ -18,7 +18,7 @@ mod tiles;
 
 use super::dequantize::{Scales, Tensor4};
 use super::element::{Element, for_dtype};
-use super::path::Path;
+use super::path::{Path, has_amx_bf16};
 use crate::matmul4::{Rows, Weight};
 use crate::{Dtype, Result};
 
@@ -77,8 +77,12 @@ fn method(path: Path, dtype: Dtype, m: usize) -> Option<Method> {
     if few {
         return Some(Method::Few);
     }
-    let _ = dtype;
-    Some(Method::Tiles)
+    // Without vectors wider than everybody's, libraries with kernels of their own are ahead. So are those that use AMX.
+    let panels = match path {
+        Path::Portable => dtype != Dtype::F16 && m >= 32,
+        _ => dtype == Dtype::Bf16 && m >= 128 && has_amx_bf16(),
+    };
+    (!panels).then_some(Method::Tiles)
 }
 
 /// # Safety

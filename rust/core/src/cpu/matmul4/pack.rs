@@ -113,7 +113,7 @@ unsafe fn chunk<T: Element, W: Element, const NIBBLES: usize>(
     }
     let words = CHUNK / NIBBLES;
     std::array::from_fn(|i| {
-        let column = if NIBBLES == NATURAL { i } else { i % words * NIBBLES + (i / words ^ 1) };
+        let column = if NIBBLES == NATURAL { i } else { i % words * NIBBLES + ((i / words) ^ 1) };
         W::narrow(x[column] * lift.by)
     })
 }

@@ -72,12 +72,16 @@ pub unsafe fn multiply<T: Lookup>(product: &Product<T>, dtype: Dtype, threads: u
                     let plan = Plan { decode: avx512::decode_bf16, kernels: bf16, chain: COLUMNS };
                     run::<T, Bf16, 2, 4>(product, &plan, threads)
                 }
-                (true, false) => run::<T, Bf16, 2, NATURAL>(product, &Plan { decode, kernels: bf16, chain: COLUMNS }, threads),
+                (true, false) => {
+                    run::<T, Bf16, 2, NATURAL>(product, &Plan { decode, kernels: bf16, chain: COLUMNS }, threads)
+                }
                 (false, true) => {
                     let plan = Plan { decode: avx512::decode_f32, kernels: f32, chain: CHAIN };
                     run::<T, F32, 1, 8>(product, &plan, threads)
                 }
-                (false, false) => run::<T, F32, 1, NATURAL>(product, &Plan { decode, kernels: f32, chain: CHAIN }, threads),
+                (false, false) => {
+                    run::<T, F32, 1, NATURAL>(product, &Plan { decode, kernels: f32, chain: CHAIN }, threads)
+                }
             };
         }
         let _ = dtype;
