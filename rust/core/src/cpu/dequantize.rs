@@ -65,6 +65,7 @@ impl Scales {
     }
 }
 
+#[cfg(target_arch = "x86_64")]
 impl Scales {
     /// The scales of `count` blocks side by side: where they are, or decoded to `scratch`.
     ///

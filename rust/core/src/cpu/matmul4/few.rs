@@ -1,11 +1,13 @@
 //! Few tokens: each row of the weight is read once and multiplied with all of them.
 
-#[cfg(target_arch = "x86_64")]
-use super::avx512;
+use super::Product;
 use super::pack::{self, Buffer, CHUNK, Lift, NATURAL};
-use super::{Path, Product};
+#[cfg(target_arch = "x86_64")]
+use super::{Path, avx512};
 use crate::cpu::dequantize::{Tensor4, run_of_elements};
-use crate::cpu::element::{Bf16, Element, F32, load};
+#[cfg(target_arch = "x86_64")]
+use crate::cpu::element::Bf16;
+use crate::cpu::element::{Element, F32, load};
 use crate::cpu::pool;
 use crate::{Dtype, Result};
 

@@ -4,13 +4,15 @@
 //! that one element of the weight times one vector of a panel gives products for sixteen tokens: a kernel keeps the sums of some rows
 //! with some panels in registers while it goes through the columns. Sums of a tile are added to those of the tiles before.
 
-#[cfg(target_arch = "x86_64")]
-use super::avx512;
+use super::Product;
 use super::few::multiply_add;
 use super::pack::{self, Buffer, CHUNK, Lift, NATURAL, PANEL};
-use super::{Path, Product};
+#[cfg(target_arch = "x86_64")]
+use super::{Path, avx512};
 use crate::cpu::dequantize::{Tensor4, run_of_elements};
-use crate::cpu::element::{Bf16, Element, F32};
+#[cfg(target_arch = "x86_64")]
+use crate::cpu::element::Bf16;
+use crate::cpu::element::{Element, F32};
 use crate::cpu::path::multiversion;
 use crate::cpu::pool;
 use crate::cpu::table_lookup::Lookup;
