@@ -2,6 +2,8 @@
 //!
 //! A 4-bit block has sixteen possible results, so they are computed once a block and looked up.
 
+#[cfg(target_arch = "x86_64")]
+use std::arch::x86_64::*;
 use std::sync::LazyLock;
 
 #[cfg(target_arch = "x86_64")]
@@ -70,15 +72,48 @@ impl Scales {
     /// The scales of `count` blocks side by side: where they are, or decoded to `scratch`.
     ///
     /// # Safety
-    /// The blocks from `first` on are blocks of the tensor.
+    /// The processor has AVX-512; the blocks from `first` on are blocks of the tensor.
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2")]
     pub(super) unsafe fn run(&self, first: usize, count: usize, scratch: &mut Vec<f32>) -> *const f32 {
         if let Self::Plain(absmax) = self {
             return absmax.wrapping_add(first);
         }
-        scratch.clear();
-        // SAFETY: the caller's promise.
-        scratch.extend((first..first + count).map(|block| unsafe { self.get(block) }));
+        scratch.resize(count.next_multiple_of(16), 0.0);
+        for (i, scales) in scratch.chunks_exact_mut(16).enumerate() {
+            // SAFETY: the caller's promise; sixteen floats have room for sixteen.
+            unsafe { _mm512_storeu_ps(scales.as_mut_ptr(), self.sixteen(first + 16 * i, (count - 16 * i).min(16))) };
+        }
         scratch.as_ptr()
+    }
+
+    /// The scales of up to sixteen blocks.
+    ///
+    /// # Safety
+    /// As of [`Self::run`].
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2")]
+    pub(super) unsafe fn sixteen(&self, first: usize, count: usize) -> __m512 {
+        let present = ((1u32 << count) - 1) as __mmask16;
+        // SAFETY: only what belongs to the caller's blocks is read.
+        unsafe {
+            match self {
+                Self::Plain(absmax) => _mm512_maskz_loadu_ps(present, absmax.add(first)),
+                Self::Nested { codes, code, absmax, log2_blocksize, offset } => {
+                    let codes = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(present, codes.add(first).cast()));
+                    let values = avx512::Table256::new(code).look_up(codes);
+                    // A nested block has at least 32 blocks, so sixteen of them lie in two at most.
+                    let (nested, last) = (first >> log2_blocksize, (first + count - 1) >> log2_blocksize);
+                    let boundary = (last << log2_blocksize).saturating_sub(first);
+                    let in_last = if last > nested { u32::MAX << boundary } else { 0 };
+                    let absmax = _mm512_mask_blend_ps(
+                        in_last as __mmask16,
+                        _mm512_set1_ps(absmax.add(nested).read_unaligned()),
+                        _mm512_set1_ps(absmax.add(last).read_unaligned()),
+                    );
+                    _mm512_add_ps(_mm512_mul_ps(values, absmax), _mm512_set1_ps(*offset))
+                }
+            }
+        }
     }
 }
 

@@ -53,12 +53,13 @@ struct Plan<'a, W> {
     decode: Decode<W>,
     /// `kernels[v]` takes `v + 1` panels.
     kernels: &'a [Kernel<W>],
-    /// Columns added up one after the other: a sum's error grows with its length.
+    /// Columns added up one after the other: a sum's error grows with its length. So does that of the sum of chains, so short
+    /// chains are added up by tiles first.
     chain: usize,
 }
 
 /// Keeps the error of float32 sums below that of ordinary products.
-const CHAIN: usize = 128;
+const CHAIN: usize = 32;
 
 /// # Safety
 /// The product's addresses hold what it says, and the processor runs its path.
@@ -122,7 +123,7 @@ unsafe fn run<T: Lookup, W: Lookup, const P: usize, const NIBBLES: usize>(
             }
         })?;
         let part = Part { product, packed: &packed, stride, plan, first, lifts: &lifts };
-        let scratch = || (Buffer::new(ROWS * STRIDE), Buffer::new(ROWS * TOKENS));
+        let scratch = || (Buffer::new(ROWS * STRIDE), [Buffer::new(ROWS * TOKENS), Buffer::new(ROWS * TOKENS)]);
         pool::run_with(n.div_ceil(ROWS), ROWS * k * tokens / 4, threads, scratch, |(tile, sums), start, end| {
             // Whole chunks where columns are out of order, else whole steps of the kernel.
             let step = if NIBBLES == NATURAL { P } else { CHUNK };
@@ -145,7 +146,8 @@ struct Part<'a, T, W> {
 
 impl<T: Lookup, W: Lookup> Part<'_, T, W> {
     /// Tiles of the rows `start * ROWS..end * ROWS`, whose columns are filled up to a multiple of `step`.
-    unsafe fn run(&self, start: usize, end: usize, step: usize, tile: &mut Buffer<W>, sums: &mut Buffer<f32>) {
+    unsafe fn run(&self, start: usize, end: usize, step: usize, tile: &mut Buffer<W>, sums: &mut [Buffer<f32>; 2]) {
+        let [sums, of_tile] = sums;
         let Product { ref weight, n, k, .. } = *self.product;
         let panels = self.lifts.len().div_ceil(PANEL);
         for first in (start * ROWS..n.min(end * ROWS)).step_by(ROWS) {
@@ -165,7 +167,13 @@ impl<T: Lookup, W: Lookup> Part<'_, T, W> {
                         let to = tile.as_mut_ptr().add(row * STRIDE);
                         (self.plan.decode)(weight, (first + row) * k + column, depth, to);
                     }
-                    self.multiply(tile, rows, column, depth.next_multiple_of(step), panels, sums);
+                    let depth = depth.next_multiple_of(step);
+                    if self.plan.chain == COLUMNS {
+                        self.multiply(tile, rows, column, depth, panels, sums);
+                    } else {
+                        self.multiply(tile, rows, column, depth, panels, of_tile);
+                        move_into(of_tile.as_mut_slice(), sums.as_mut_slice(), panels * PANEL);
+                    }
                 }
             }
             // SAFETY: the rows are rows of the result.
@@ -218,6 +226,21 @@ unsafe fn decode_body<T: Lookup>(weight: &Tensor4, start: usize, depth: usize, o
 
 multiversion! {
     unsafe fn decode[T: Lookup][T](weight: &Tensor4, start: usize, depth: usize, out: *mut T) => decode_body
+}
+
+/// Adds the sums of a tile to those of the tiles before, and begins again at zero.
+#[inline(always)]
+unsafe fn move_into_body(of_tile: &mut [f32], sums: &mut [f32], tokens: usize) {
+    for (of_tile, sums) in of_tile.chunks_exact_mut(TOKENS).zip(sums.chunks_exact_mut(TOKENS)) {
+        for (of_tile, sum) in of_tile[..tokens].iter_mut().zip(&mut sums[..tokens]) {
+            *sum += *of_tile;
+            *of_tile = 0.0;
+        }
+    }
+}
+
+multiversion! {
+    unsafe fn move_into[][](of_tile: &mut [f32], sums: &mut [f32], tokens: usize) => move_into_body
 }
 
 /// Adds the bias, rounds, and writes the rows' part of the result.

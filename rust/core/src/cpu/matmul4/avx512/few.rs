@@ -35,6 +35,8 @@ impl<'a> Rows<'a> {
     ///
     /// # Safety
     /// The weight has these rows.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2")]
     unsafe fn new(weight: &'a Tensor4<'a>, k: usize, first: usize, count: usize, scratch: &mut Vec<f32>) -> Self {
         let blocks = k / weight.blocksize;
         // SAFETY: the caller's rows have these blocks.

@@ -4,7 +4,7 @@ use std::arch::asm;
 use std::arch::x86_64::*;
 
 use super::bf16;
-use crate::cpu::dequantize::{Scales, Tensor4};
+use crate::cpu::dequantize::Tensor4;
 use crate::cpu::element::{Bf16, F32};
 use crate::cpu::matmul4::pack::{CHUNK, PANEL};
 use crate::cpu::matmul4::tiles::{COLUMNS, Kernel, STRIDE, TOKENS};
@@ -33,16 +33,7 @@ impl Piece {
         let count = ((start + depth - 1) >> log2_blocksize) - first + 1;
         // SAFETY: only scales of the caller's elements are read; the result is as large as a register.
         unsafe {
-            let scales = match weight.scales {
-                Scales::Plain(absmax) => _mm512_maskz_loadu_ps(((1u32 << count) - 1) as __mmask16, absmax.add(first)),
-                nested => {
-                    let mut scales = [0.0; COLUMNS / QUARTER];
-                    for (i, scale) in scales[..count].iter_mut().enumerate() {
-                        *scale = nested.get(first + i);
-                    }
-                    _mm512_loadu_ps(scales.as_ptr())
-                }
-            };
+            let scales = weight.scales.sixteen(first, count);
             let lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
             let elements = _mm512_add_epi32(
                 _mm512_slli_epi32::<{ QUARTER.trailing_zeros() }>(lanes),
