@@ -343,9 +343,9 @@ def default_digests() -> dict[str, str]:
     return corpus.digests()
 
 
-@pytest.mark.parametrize("path", ["portable", "avx2", "avx512"])
+@pytest.mark.parametrize("path", ["portable", "avx2", "avx512", "avx512bf16"])
 def test_every_simd_path_gives_the_same_bytes(path: str, default_digests: dict[str, str]) -> None:
-    needs = {"avx2": "avx2", "avx512": "avx512bw"}
+    needs = {"avx2": "avx2", "avx512": "avx512bw", "avx512bf16": "avx512bf16"}
     features = _native.cpu_info()["features"]
     if path in needs and needs[path] not in features:
         pytest.skip(f"this CPU has no {needs[path]}")

@@ -13,7 +13,7 @@ from fewbits._launch import as_float32, code_address, dense, target_queue
 
 # Bytes of a panel. On the GPU enough that a product fills it, and never a full-size copy of a large head; on the CPU
 # what stays in the cache between its dequantization and its use.
-PANEL_BYTES = {"cuda": 64 << 20, "cpu": 2 << 20}
+PANEL_BYTES = {"cuda": 64 << 20, "cpu": 4 << 20}
 # A panel's size is a multiple of this where it can be: matrix kernels work in such tiles, and vectors stay aligned.
 _TILE = 64
 

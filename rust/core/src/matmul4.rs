@@ -3,6 +3,8 @@
 //! `W[n][k] = code[codes[n * K + k]] * absmax[(n * K + k) / blocksize]`: blocks are cut from the flattened weight, so where `K` is
 //! no multiple of the block size they run across rows. Sums are float32, rounded once to the output dtype.
 
+use std::sync::OnceLock;
+
 use crate::blockwise::{Absmax, Blocks, check_absmax, check_addresses};
 use crate::{Dtype, Error, QuantType, Result, Target, cpu, cuda};
 
@@ -52,6 +54,28 @@ pub struct Rows {
     pub out: u64,
 }
 
+/// The name in `FEWBITS_MATMUL4` of dequantizing panels and multiplying them.
+pub(crate) const PANELS: &str = "panels";
+
+/// The environment variable `FEWBITS_MATMUL4`, read once: it forces one path for tests and measurements, where that path takes the
+/// problem.
+pub(crate) fn forced_name() -> Option<&'static str> {
+    static NAME: OnceLock<Option<String>> = OnceLock::new();
+    NAME.get_or_init(|| std::env::var("FEWBITS_MATMUL4").ok()).as_deref()
+}
+
+/// Raises unless `FEWBITS_MATMUL4` is absent or names a path of some device.
+fn check_forced() -> Result<()> {
+    static KNOWN: OnceLock<bool> = OnceLock::new();
+    let Some(name) = forced_name() else { return Ok(()) };
+    let names = || [PANELS.to_string()].into_iter().chain(cpu::matmul4::names()).chain(cuda::matmul4_choice::names());
+    if *KNOWN.get_or_init(|| names().any(|known| known == name)) {
+        return Ok(());
+    }
+    let known: Vec<String> = names().collect();
+    Err(Error::argument("FEWBITS_MATMUL4", name, format!("one of {}", known.join(", "))))
+}
+
 /// Multiplies. `false`, with nothing written, where dequantizing panels of the weight and an ordinary product are faster (or where
 /// no kernel takes the problem): that is the caller's to do.
 ///
@@ -70,6 +94,7 @@ pub unsafe fn matmul_4bit(weight: Weight, rows: Rows, target: Target) -> Result<
     }
     check_addresses(inputs, &[("A", rows.x)])?;
     check_addresses(outputs, &[("out", rows.out)])?;
+    check_forced()?;
     if outputs == 0 {
         return Ok(true);
     }

@@ -234,7 +234,7 @@ impl Table256 {
     /// Sixteen values: eight look-ups by an index's low five bits, of which the high three choose one.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2")]
-    fn look_up(&self, indices: __m512i) -> __m512 {
+    pub fn look_up(&self, indices: __m512i) -> __m512 {
         let found = |k: usize| _mm512_permutex2var_ps(self.0[2 * k], indices, self.0[2 * k + 1]);
         let bit = |b: i32| _mm512_test_epi32_mask(indices, _mm512_set1_epi32(b));
         let (b32, b64, b128) = (bit(32), bit(64), bit(128));

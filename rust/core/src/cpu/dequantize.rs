@@ -2,6 +2,8 @@
 //!
 //! A 4-bit block has sixteen possible results, so they are computed once a block and looked up.
 
+#[cfg(target_arch = "x86_64")]
+use std::arch::x86_64::*;
 use std::sync::LazyLock;
 
 #[cfg(target_arch = "x86_64")]
@@ -32,8 +34,8 @@ unsafe impl Sync for Scales {}
 
 impl Scales {
     /// # Safety
-    /// The addresses hold what [`Absmax`] says, until the call that they were lent for is over.
-    pub unsafe fn new(absmax: Absmax) -> Self {
+    /// The addresses hold the maxima of a tensor's blocks, for as long as the value lives.
+    pub(super) unsafe fn new(absmax: Absmax) -> Self {
         match absmax {
             Absmax::Plain(absmax) => Self::Plain(absmax as *const f32),
             Absmax::Nested { codes, code, absmax, blocksize, offset } => Self::Nested {
@@ -41,15 +43,17 @@ impl Scales {
                 // SAFETY: the caller promises 256 float32 at `code` and one at `offset`.
                 code: Box::new(unsafe { code_values(code) }.unwrap_or(*DYNAMIC)),
                 absmax: absmax as *const f32,
-                log2_blocksize: blocksize.ilog2(),
+                log2_blocksize: blocksize.trailing_zeros(),
                 // SAFETY: as above.
                 offset: unsafe { (offset as *const f32).read_unaligned() },
             },
         }
     }
 
+    /// # Safety
+    /// `block` is a block of the tensor.
     #[inline(always)]
-    unsafe fn get(&self, block: usize) -> f32 {
+    pub(super) unsafe fn get(&self, block: usize) -> f32 {
         // SAFETY: the caller asks for blocks of the tensor only, and the arrays have one entry for each.
         unsafe {
             match self {
@@ -63,78 +67,132 @@ impl Scales {
     }
 }
 
-/// A 4-bit tensor, to be read from any place.
-#[derive(Clone, Copy)]
-pub(super) struct Codes4<'a> {
-    /// Two codes a byte, the first in the high nibble.
-    pub codes: *const u8,
-    /// What they stand for.
-    pub values: &'a [f32; 16],
-    /// One a block.
-    pub scales: &'a Scales,
-    /// Elements of a block, a power of two: its logarithm, because a division takes longer than all else about a small block.
-    pub log2_blocksize: u32,
-}
-
-// SAFETY: the pointer is to memory that the caller lends for reading, from any thread, until the call is over.
-unsafe impl Sync for Codes4<'_> {}
-
-impl Codes4<'_> {
-    /// Writes elements `start..end`.
+#[cfg(target_arch = "x86_64")]
+impl Scales {
+    /// The scales of `count` blocks side by side: where they are, or decoded to `scratch`.
     ///
     /// # Safety
-    /// They lie within the tensor; `out` has room for them.
-    #[inline(always)]
-    pub unsafe fn decode<T: Lookup>(&self, start: usize, end: usize, mut out: *mut T) {
-        let mut i = start;
-        while i < end {
-            let block = i >> self.log2_blocksize;
-            let stop = end.min((block + 1) << self.log2_blocksize);
-            // SAFETY: the block lies within the tensor, whose codes, scales and room for results the caller promised.
-            unsafe {
-                let (scale, codes, count) = (self.scales.get(block), self.codes.add(i / 2), stop - i);
-                i = stop;
-                #[cfg(target_arch = "x86_64")]
-                if Path::chosen() == Path::Avx512
-                    && (stop - count).is_multiple_of(2)
-                    && count.is_multiple_of(32)
-                    && avx512::dequantize_block(codes, self.values, scale, out, count)
-                {
-                    out = out.add(count);
-                    continue;
+    /// The processor has AVX-512; the blocks from `first` on are blocks of the tensor.
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2")]
+    pub(super) unsafe fn run(&self, first: usize, count: usize, scratch: &mut Vec<f32>) -> *const f32 {
+        if let Self::Plain(absmax) = self {
+            return absmax.wrapping_add(first);
+        }
+        scratch.resize(count.next_multiple_of(16), 0.0);
+        for (i, scales) in scratch.chunks_exact_mut(16).enumerate() {
+            // SAFETY: the caller's promise; sixteen floats have room for sixteen.
+            unsafe { _mm512_storeu_ps(scales.as_mut_ptr(), self.sixteen(first + 16 * i, (count - 16 * i).min(16))) };
+        }
+        scratch.as_ptr()
+    }
+
+    /// The scales of up to sixteen blocks.
+    ///
+    /// # Safety
+    /// As of [`Self::run`].
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2")]
+    pub(super) unsafe fn sixteen(&self, first: usize, count: usize) -> __m512 {
+        let present = ((1u32 << count) - 1) as __mmask16;
+        // SAFETY: only what belongs to the caller's blocks is read.
+        unsafe {
+            match self {
+                Self::Plain(absmax) => _mm512_maskz_loadu_ps(present, absmax.add(first)),
+                Self::Nested { codes, code, absmax, log2_blocksize, offset } => {
+                    let codes = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(present, codes.add(first).cast()));
+                    let values = avx512::Table256::new(code).look_up(codes);
+                    // A nested block has at least 32 blocks, so sixteen of them lie in two at most.
+                    let (nested, last) = (first >> log2_blocksize, (first + count - 1) >> log2_blocksize);
+                    let boundary = (last << log2_blocksize).saturating_sub(first);
+                    let in_last = if last > nested { u32::MAX << boundary } else { 0 };
+                    let absmax = _mm512_mask_blend_ps(
+                        in_last as __mmask16,
+                        _mm512_set1_ps(absmax.add(nested).read_unaligned()),
+                        _mm512_set1_ps(absmax.add(last).read_unaligned()),
+                    );
+                    _mm512_add_ps(_mm512_mul_ps(values, absmax), _mm512_set1_ps(*offset))
                 }
-                let results = self.values.map(|value| T::narrow(value * scale));
-                // A run that starts within a byte: its first code alone.
-                let odd = (stop - count) % 2;
-                if odd == 1 {
-                    out.write_unaligned(results[usize::from(*codes & 15)]);
-                }
-                expand(codes.add(odd), &results, out.add(odd), count - odd);
-                out = out.add(count);
             }
         }
     }
 }
 
-/// Blocks `first..last` of a tensor of `n` elements.
-struct Part4<'a, T> {
-    codes: Codes4<'a>,
-    out: *mut T,
-    first: usize,
-    last: usize,
-    n: usize,
+/// Asks for a line of the cache. Only a hint, for any address.
+#[inline(always)]
+fn prefetch(address: *const u8) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: SSE is part of x86-64; a prefetch reads nothing that could fault.
+    unsafe {
+        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(address.cast());
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = address;
 }
 
+/// A 4-bit tensor.
+pub(super) struct Tensor4<'a> {
+    pub codes: *const u8,
+    pub values: &'a [f32; 16],
+    pub scales: &'a Scales,
+    pub blocksize: usize,
+}
+
+// SAFETY: the pointer is to memory that the caller lends for reading, from any thread, until the call is over.
+unsafe impl Sync for Tensor4<'_> {}
+
+impl Tensor4<'_> {
+    /// Asks for the codes and the scales of `count` elements, wherever they are: they will be read soon.
+    #[inline(always)]
+    pub(super) fn prefetch(&self, start: usize, count: usize) {
+        for offset in (0..count / 2).step_by(64) {
+            prefetch(self.codes.wrapping_add(start / 2 + offset));
+        }
+        let block = start >> self.blocksize.trailing_zeros();
+        match self.scales {
+            Scales::Plain(absmax) => prefetch(absmax.wrapping_add(block).cast()),
+            Scales::Nested { codes, .. } => prefetch(codes.wrapping_add(block)),
+        }
+    }
+}
+
+/// Elements `start..end`, which need not be whole blocks nor whole bytes, to `out`.
+///
+/// # Safety
+/// The tensor has `end` elements and the scales of their blocks; `out` has room for `end - start`.
 #[inline(always)]
-unsafe fn blocks_4bit<T: Lookup>(part: &Part4<T>) {
-    let log2 = part.codes.log2_blocksize;
-    let (start, end) = (part.first << log2, part.n.min(part.last << log2));
-    // SAFETY: the blocks lie within the tensor, by the caller's promise.
-    unsafe { part.codes.decode(start, end, part.out.add(start)) };
+pub(super) unsafe fn run_of_elements<T: Lookup>(tensor: &Tensor4, start: usize, end: usize, out: *mut T) {
+    let log2_blocksize = tensor.blocksize.trailing_zeros();
+    let mut at = start;
+    while at < end {
+        let block = at >> log2_blocksize;
+        let stop = end.min((block + 1) << log2_blocksize);
+        // SAFETY: the elements up to `stop` lie within the caller's tensor and in one block.
+        unsafe {
+            let (scale, out) = (tensor.scales.get(block), out.add(at - start));
+            let codes = tensor.codes.add(at / 2);
+            #[cfg(target_arch = "x86_64")]
+            if at.is_multiple_of(2)
+                && (stop - at).is_multiple_of(32)
+                && Path::chosen().is_avx512()
+                && avx512::dequantize_block(codes, tensor.values, scale, out, stop - at)
+            {
+                at = stop;
+                continue;
+            }
+            let results = tensor.values.map(|value| T::narrow(value * scale));
+            if at.is_multiple_of(2) {
+                expand(codes, &results, out, stop - at);
+            } else {
+                out.write_unaligned(results[usize::from(*codes & 15)]);
+                expand(codes.add(1), &results, out.add(1), stop - at - 1);
+            }
+        }
+        at = stop;
+    }
 }
 
 multiversion! {
-    unsafe fn run_4bit[T: Lookup][T](part: &Part4<T>) => blocks_4bit
+    unsafe fn run_4bit[T: Lookup][T](tensor: &Tensor4, start: usize, end: usize, out: *mut T) => run_of_elements
 }
 
 /// # Safety
@@ -147,22 +205,28 @@ pub(crate) unsafe fn dequantize_4bit(
     out: u64,
     threads: usize,
 ) -> Result<()> {
-    unsafe fn typed<T: Lookup>(blocks: Blocks, codes: Codes4, out: u64, threads: usize) -> Result<()> {
-        let n = blocks.n;
-        pages::advise_huge(out, n * size_of::<T>());
-        pool::run(blocks.count(), blocks.blocksize * size_of::<T>(), threads, |first, last| {
-            let part = Part4 { codes, out: out as *mut T, first, last, n };
-            // SAFETY: the caller's promise; parts do not overlap.
-            unsafe { run_4bit(&part) };
+    unsafe fn typed<T: Lookup>(
+        blocks: Blocks,
+        codes: u64,
+        values: &[f32; 16],
+        scales: &Scales,
+        out: u64,
+        threads: usize,
+    ) -> Result<()> {
+        pages::advise_huge(out, blocks.n * size_of::<T>());
+        let Blocks { n, blocksize, .. } = blocks;
+        let tensor = Tensor4 { codes: codes as *const u8, values, scales, blocksize };
+        pool::run(blocks.count(), blocksize * size_of::<T>(), threads, |first, last| {
+            let (start, end) = (first * blocksize, (last * blocksize).min(n));
+            // SAFETY: the caller's promise; parts are runs of whole blocks and do not overlap.
+            unsafe { run_4bit(&tensor, start, end, (out as *mut T).wrapping_add(start)) };
         })
     }
     // SAFETY: the caller's promise; `T` is the dtype's type.
     unsafe {
         let scales = Scales::new(absmax);
         let values = quant_type.values();
-        let codes =
-            Codes4 { codes: codes as *const u8, values, scales: &scales, log2_blocksize: blocks.blocksize.ilog2() };
-        for_dtype!(blocks.dtype, T => typed::<T>(blocks, codes, out, threads))
+        for_dtype!(blocks.dtype, T => typed::<T>(blocks, codes, values, &scales, out, threads))
     }
 }
 
@@ -179,7 +243,7 @@ unsafe fn blocks_8bit<T: Wide>(
     blocksize: usize,
 ) {
     #[cfg(target_arch = "x86_64")]
-    let table = (Path::chosen() == Path::Avx512 && values.iter().all(|value| value.is_finite()))
+    let table = (Path::chosen().is_avx512() && values.iter().all(|value| value.is_finite()))
         // SAFETY: this path is chosen only where the processor has AVX-512.
         .then(|| unsafe { avx512::Table256::new(values) });
     for (block, start) in (0..n).step_by(blocksize).enumerate() {

@@ -1,6 +1,6 @@
 //! Parts of a 4-bit weight: rows of a panel are runs of the flattened weight.
 
-use super::dequantize::{Codes4, Scales};
+use super::dequantize::{Scales, Tensor4, run_of_elements};
 use super::element::for_dtype;
 use super::path::multiversion;
 use super::pool;
@@ -11,7 +11,7 @@ use crate::{Dtype, Error, Result};
 
 /// Rows `first..last` of a panel.
 struct Part<'a, T> {
-    codes: Codes4<'a>,
+    tensor: &'a Tensor4<'a>,
     weight: Weight,
     panel: Panel,
     out: *mut T,
@@ -46,7 +46,7 @@ unsafe fn rows_4bit<T: Lookup>(part: &Part<T>) {
                 Rows::Indices { address, wide } => index(address, wide, row) as usize,
             };
             let start = of_weight * part.weight.k + first_column;
-            part.codes.decode(start, start + columns, part.out.add(row * columns));
+            run_of_elements(part.tensor, start, start + columns, part.out.add(row * columns));
         }
     }
 }
@@ -58,9 +58,9 @@ multiversion! {
 /// # Safety
 /// As [`crate::panel::dequantize`].
 pub(crate) unsafe fn dequantize(weight: Weight, panel: Panel, dtype: Dtype, out: u64, threads: usize) -> Result<()> {
-    unsafe fn typed<T: Lookup>(codes: Codes4, weight: Weight, panel: Panel, out: u64, threads: usize) -> Result<()> {
+    unsafe fn typed<T: Lookup>(tensor: &Tensor4, weight: Weight, panel: Panel, out: u64, threads: usize) -> Result<()> {
         pool::run(panel.count, panel.columns * size_of::<T>(), threads, |first, last| {
-            let part = Part { codes, weight, panel, out: out as *mut T, first, last };
+            let part = Part { tensor, weight, panel, out: out as *mut T, first, last };
             // SAFETY: the caller's promise; parts do not overlap.
             unsafe { run_rows(&part) };
         })
@@ -81,8 +81,7 @@ pub(crate) unsafe fn dequantize(weight: Weight, panel: Panel, dtype: Dtype, out:
     unsafe {
         let scales = Scales::new(weight.absmax);
         let values = weight.quant_type.values();
-        let log2_blocksize = weight.blocksize.ilog2();
-        let codes = Codes4 { codes: weight.codes as *const u8, values, scales: &scales, log2_blocksize };
-        for_dtype!(dtype, T => typed::<T>(codes, weight, panel, out, threads))
+        let tensor = Tensor4 { codes: weight.codes as *const u8, values, scales: &scales, blocksize: weight.blocksize };
+        for_dtype!(dtype, T => typed::<T>(&tensor, weight, panel, out, threads))
     }
 }

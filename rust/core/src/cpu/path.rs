@@ -5,9 +5,11 @@ use std::sync::OnceLock;
 /// An instruction set for which the loops are compiled.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Path {
+    /// AVX-512 F, BW, DQ and VL, and its dot products of bfloat16.
+    Avx512Bf16,
     /// AVX-512 F, BW, DQ and VL.
     Avx512,
-    /// AVX2.
+    /// AVX2 and FMA.
     Avx2,
     /// What every processor of the target has (SSE2 on x86-64, NEON on 64-bit Arm).
     Portable,
@@ -15,11 +17,12 @@ pub enum Path {
 
 impl Path {
     /// All paths, the widest first.
-    pub const ALL: [Self; 3] = [Self::Avx512, Self::Avx2, Self::Portable];
+    pub const ALL: [Self; 4] = [Self::Avx512Bf16, Self::Avx512, Self::Avx2, Self::Portable];
 
     /// As `FEWBITS_SIMD` spells it.
     pub fn name(self) -> &'static str {
         match self {
+            Self::Avx512Bf16 => "avx512bf16",
             Self::Avx512 => "avx512",
             Self::Avx2 => "avx2",
             Self::Portable => "portable",
@@ -30,20 +33,26 @@ impl Path {
     pub fn is_supported(self) -> bool {
         #[cfg(target_arch = "x86_64")]
         match self {
+            Self::Avx512Bf16 => Self::Avx512.is_supported() && is_x86_feature_detected!("avx512bf16"),
             Self::Avx512 => {
                 is_x86_feature_detected!("avx512f")
                     && is_x86_feature_detected!("avx512bw")
                     && is_x86_feature_detected!("avx512dq")
                     && is_x86_feature_detected!("avx512vl")
-                    && is_x86_feature_detected!("avx2")
+                    && Self::Avx2.is_supported()
             }
-            Self::Avx2 => is_x86_feature_detected!("avx2"),
+            Self::Avx2 => is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma"),
             Self::Portable => true,
         }
         #[cfg(not(target_arch = "x86_64"))]
         {
             self == Self::Portable
         }
+    }
+
+    /// Whether it has the 512-bit instructions.
+    pub fn is_avx512(self) -> bool {
+        matches!(self, Self::Avx512Bf16 | Self::Avx512)
     }
 
     /// The path in use: the one that the environment variable `FEWBITS_SIMD` names, where the processor runs it, else the widest
@@ -55,6 +64,24 @@ impl Path {
             let mut supported = Self::ALL.into_iter().filter(|path| path.is_supported());
             supported.clone().find(|path| path.name() == wanted).or_else(|| supported.next()).unwrap_or(Self::Portable)
         })
+    }
+}
+
+/// Whether this processor multiplies tiles of bfloat16 (AMX), as torch's own products do there.
+pub fn has_amx_bf16() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    {
+        // Safe from Rust 1.94 on.
+        #[allow(unused_unsafe)]
+        // SAFETY: every x86-64 processor has CPUID; leaf 7 is asked for where there is one.
+        unsafe {
+            use std::arch::x86_64::{__cpuid, __cpuid_count};
+            __cpuid(0).eax >= 7 && __cpuid_count(7, 0).edx >> 22 & 1 == 1
+        }
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    {
+        false
     }
 }
 
@@ -100,7 +127,7 @@ macro_rules! multiversion {
                 }
                 match $crate::cpu::Path::chosen() {
                     // SAFETY: this path is chosen only where the processor has AVX-512; the rest is the caller's promise.
-                    $crate::cpu::Path::Avx512 => return unsafe { avx512::<$($parameter),*>($($argument),*) },
+                    $crate::cpu::Path::Avx512Bf16 | $crate::cpu::Path::Avx512 => return unsafe { avx512::<$($parameter),*>($($argument),*) },
                     // SAFETY: this path is chosen only where the processor has AVX2; the rest is the caller's promise.
                     $crate::cpu::Path::Avx2 => return unsafe { avx2::<$($parameter),*>($($argument),*) },
                     $crate::cpu::Path::Portable => {}

@@ -78,7 +78,7 @@ impl Steps {
             steps: [0; 15],
             first: u32::from(ranks.codes[0]),
             #[cfg(target_arch = "x86_64")]
-            buckets: LinearBuckets::new(&ranks).filter(|_| Path::chosen() == Path::Avx512),
+            buckets: LinearBuckets::new(&ranks).filter(|_| Path::chosen().is_avx512()),
         };
         table.thresholds.copy_from_slice(&ranks.thresholds);
         for (step, pair) in table.steps.iter_mut().zip(ranks.codes.windows(2)) {

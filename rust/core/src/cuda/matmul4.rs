@@ -139,7 +139,6 @@ fn fits_hopper(weight: &Weight, rows: &Rows) -> bool {
 /// As [`crate::matmul4::matmul_4bit`].
 pub unsafe fn matmul_4bit(weight: Weight, rows: Rows, ordinal: usize, stream: u64) -> Result<bool> {
     let device = device(ordinal)?;
-    choice::check_forced()?;
     let tensor_cores = device.major >= 8 && fits_tensor_cores(&weight, &rows);
     let multiprocessors = device.multiprocessors as usize;
     let product = if tensor_cores && device.target == "sm_90a" && fits_hopper(&weight, &rows) {

@@ -1,11 +1,9 @@
 //! Which kernel multiplies with a 4-bit weight: the one rule. `None` means that the caller dequantizes panels of the weight and
 //! multiplies with torch's own product.
 
-use std::sync::OnceLock;
-
 use super::product::{MMA, Product, mid_tiles, wide_tiles};
+use crate::matmul4::{PANELS, forced_name};
 use crate::matmul4_instances::{MID, SKINNY, STAGE, WIDE};
-use crate::{Error, Result};
 
 /// For `m` tokens and a weight of `n` x `k` on Hopper: the shortest of the estimates below.
 pub fn on_hopper(m: usize, n: usize, k: usize, multiprocessors: usize) -> Option<Product> {
@@ -80,27 +78,13 @@ fn panels_us(m: usize, n: usize, k: usize) -> f64 {
     dequantize + 4.0 + product
 }
 
-const PANELS: &str = "panels";
-
-/// The environment variable `FEWBITS_MATMUL4`, read once.
-fn forced_name() -> Option<&'static str> {
-    static NAME: OnceLock<Option<String>> = OnceLock::new();
-    NAME.get_or_init(|| std::env::var("FEWBITS_MATMUL4").ok()).as_deref()
-}
-
 fn by_name(name: &str) -> Option<Product> {
     Product::all().find(|product| product.name() == name)
 }
 
-/// Raises unless `FEWBITS_MATMUL4` is absent, `panels`, or the name of a kernel.
-pub fn check_forced() -> Result<()> {
-    static KNOWN: OnceLock<bool> = OnceLock::new();
-    let Some(name) = forced_name() else { return Ok(()) };
-    if *KNOWN.get_or_init(|| name == PANELS || by_name(name).is_some()) {
-        return Ok(());
-    }
-    let known: Vec<String> = Product::all().map(Product::name).collect();
-    Err(Error::argument("FEWBITS_MATMUL4", name, format!("{PANELS} or one of {}", known.join(", "))))
+/// What the kernels are called.
+pub fn names() -> impl Iterator<Item = String> {
+    Product::all().map(Product::name)
 }
 
 /// What `FEWBITS_MATMUL4` asks for, unless its kernel does not take the problem.

@@ -9,7 +9,7 @@ mod image;
 mod kernel;
 mod launch;
 pub(crate) mod matmul4;
-mod matmul4_choice;
+pub(crate) mod matmul4_choice;
 pub(crate) mod panel;
 mod product;
 mod tensor_map;
