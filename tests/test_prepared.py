@@ -1,7 +1,7 @@
 """The short way from ``Linear4bit.forward`` to native code: taken where nothing is unusual, never on stale addresses.
 
-A kernel that takes every product stands in for the fused ones on the short way, and none takes any on the long way, so that
-both ways are the same on every machine.
+A kernel that takes every product stands in for the fused ones on the short way, and none takes any on the long way, so
+that both ways are the same on every machine.
 """
 
 from __future__ import annotations
