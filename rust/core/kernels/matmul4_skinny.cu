@@ -219,7 +219,6 @@ struct Skinny {
                 Place near = asked;
                 for (int d = 0; d < min(p.ahead, left); d++) {
                     prefetch_box(&p.codes, near.stage * STAGE_BYTES, near.row0);
-                    prefetch_box(&p.scales, first_scale(p, near.stage), near.row0);
                     near.next(wk, per, in_hand * ROWS);
                 }
             }

@@ -1,17 +1,17 @@
-//! Threads: one pool for each number of threads that callers ask for.
+//! Work in parts: on this thread and a crew of helpers, one crew for each number of them that callers ask for.
 
 use std::collections::HashMap;
-use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
+use super::crew::Crew;
 use super::float_mode::DefaultFloatMode;
 use crate::{Error, Result};
 
 /// Below this many bytes read and written, a second thread costs more than it brings.
 const BYTES_PER_THREAD: usize = 256 << 10;
 
-type Pools = HashMap<(u32, usize), Arc<rayon::ThreadPool>>;
+type Crews = HashMap<(u32, usize), Arc<Crew>>;
 
 /// Runs `work(first, last)` over `0..units` in contiguous parts, on up to `threads` threads.
 pub fn run(units: usize, bytes_per_unit: usize, threads: usize, work: impl Fn(usize, usize) + Sync) -> Result<()> {
@@ -47,73 +47,26 @@ pub fn run_with<S>(
             work(made.get_or_insert_with(&scratch), units * part / parts, units * (part + 1) / parts);
         }
     };
-    share(&*pool(threads - 1)?, threads - 1, &take_parts);
+    crew(threads - 1)?.share(threads - 1, &take_parts);
     Ok(())
 }
 
-/// Helpers that are at work, and [`CLOSED`] once no more may begin.
-type State = AtomicUsize;
-
-const CLOSED: usize = 1 << (usize::BITS - 1);
-
-/// Runs `work` on this thread, which is awake already, and on up to `helpers` threads of the pool, and returns when all that have
-/// begun are done. One that wakes late is not waited for: it finds the work closed.
-fn share(pool: &rayon::ThreadPool, helpers: usize, work: &(dyn Fn() + Sync)) {
-    /// Closes the work, and waits for helpers that are at it. Also if this thread unwinds, for they use what it owns.
-    struct Close<'a>(&'a State);
-    impl Drop for Close<'_> {
-        fn drop(&mut self) {
-            self.0.fetch_or(CLOSED, Ordering::AcqRel);
-            let mut turns = 0;
-            while self.0.load(Ordering::Acquire) != CLOSED {
-                turns += 1;
-                if turns < 10_000 { std::hint::spin_loop() } else { std::thread::yield_now() }
-            }
-        }
+/// The helpers of callers that want so many. A process that was forked off has none of its parent's threads and starts its own.
+fn crew(helpers: usize) -> Result<Arc<Crew>> {
+    static CREWS: OnceLock<Mutex<Crews>> = OnceLock::new();
+    let key = (std::process::id(), helpers);
+    let mut crews = CREWS.get_or_init(Mutex::default).lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(crew) = crews.get(&key) {
+        return Ok(crew.clone());
     }
-    let shared = Arc::new((State::new(0), Mutex::new(None)));
-    // SAFETY: the reference is used by helpers that have entered before the work was closed, and this function returns, or
-    // unwinds, only after they have left: `work` lives longer.
-    let work_of_helpers: &'static (dyn Fn() + Sync) = unsafe { std::mem::transmute(work) };
-    {
-        let _close = Close(&shared.0);
-        for _ in 0..helpers {
-            let shared = shared.clone();
-            pool.spawn(move || {
-                let (state, panic) = &*shared;
-                if state.fetch_add(1, Ordering::AcqRel) & CLOSED == 0
-                    && let Err(words) = catch_unwind(AssertUnwindSafe(work_of_helpers))
-                {
-                    *panic.lock().unwrap_or_else(PoisonError::into_inner) = Some(words);
-                }
-                state.fetch_sub(1, Ordering::AcqRel);
-            });
-        }
-        work();
-    }
-    if let Some(words) = shared.1.lock().unwrap_or_else(PoisonError::into_inner).take() {
-        resume_unwind(words);
-    }
-}
-
-/// The pool of so many threads. A process that was forked off has none of its parent's threads and starts its own.
-fn pool(threads: usize) -> Result<Arc<rayon::ThreadPool>> {
-    static POOLS: OnceLock<Mutex<Pools>> = OnceLock::new();
-    let key = (std::process::id(), threads);
-    let mut pools = POOLS.get_or_init(Mutex::default).lock().unwrap_or_else(PoisonError::into_inner);
-    if let Some(pool) = pools.get(&key) {
-        return Ok(pool.clone());
-    }
-    let pool = rayon::ThreadPoolBuilder::new()
-        .num_threads(threads)
-        .thread_name(|i| format!("fewbits-{i}"))
-        .build()
-        .map_err(|error| Error::Threads { threads, words: error.to_string() })?;
-    Ok(pools.entry(key).or_insert(Arc::new(pool)).clone())
+    let crew = Crew::new(helpers).map_err(|error| Error::Threads { threads: helpers, words: error.to_string() })?;
+    Ok(crews.entry(key).or_insert(crew).clone())
 }
 
 #[cfg(test)]
 mod tests {
+    use std::panic::catch_unwind;
+
     use super::*;
 
     #[test]
@@ -135,6 +88,24 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn callers_side_by_side_do_not_disturb_each_other() {
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    for _ in 0..200 {
+                        let sum = AtomicUsize::new(0);
+                        run(100, BYTES_PER_THREAD, 3, |first, last| {
+                            sum.fetch_add((first..last).sum(), Ordering::Relaxed);
+                        })
+                        .unwrap();
+                        assert_eq!(sum.into_inner(), 4950);
+                    }
+                });
+            }
+        });
     }
 
     #[test]
