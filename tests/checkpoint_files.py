@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+FORMATS = [("nf4", False), ("nf4", True), ("fp4", False), ("fp4", True), ("int8rows", False), ("blockwise8", False)]
 CONFIG = {
     "architectures": ["TinyForCausalLM"],
     "model_type": "tiny",

@@ -7,11 +7,14 @@ Tests marked ``cuda`` are skipped where torch sees no GPU, and tests marked ``sl
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+from checkpoint_files import write_checkpoint
 
 _quiet = [HealthCheck.too_slow, HealthCheck.data_too_large]
 settings.register_profile("ci", max_examples=150, deadline=None, derandomize=True, suppress_health_check=_quiet)
@@ -42,3 +45,9 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 def cuda() -> torch.device:
     """For tests marked ``cuda``, which have no twin on the CPU."""
     return torch.device("cuda", torch.cuda.current_device())
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """A small checkpoint."""
+    return write_checkpoint(tmp_path / "src")

@@ -1,13 +1,9 @@
-"""Quantizing a directory of safetensors: what is written, what is left alone, and what happens when it goes wrong."""
+"""Quantizing a directory of safetensors: what is written, and the other files."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
-import struct
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,37 +15,28 @@ from safetensors.torch import load_file, save_file
 
 from checkpoint_files import (
     CONFIG,
-    leftovers,
+    FORMATS,
     linear_names,
     load_directory,
     tiny_tensors,
     write_checkpoint,
 )
-from fewbits import checkpoint as module
 from fewbits import functional as F
 from fewbits._safetensors import read_header
-from fewbits._selection import matches
 from fewbits.checkpoint import (
     Checkpoint,
     CheckpointError,
-    UsageError,
     iter_dequantized,
     load_tensor,
     quantize_checkpoint,
     quantize_int8_rows,
 )
 
-FORMATS = [("nf4", False), ("nf4", True), ("fp4", False), ("fp4", True), ("int8rows", False), ("blockwise8", False)]
 KEYS = {
     "nf4": ["absmax", "quant_map", "quant_state.bitsandbytes__nf4"],
     "fp4": ["absmax", "quant_map", "quant_state.bitsandbytes__fp4"],
     "blockwise8": ["absmax", "quant_map", "quant_state.fewbits__blockwise8"],
 }
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    return write_checkpoint(tmp_path / "src")
 
 
 # ---- what is written ------------------------------------------------------------------------------------------------
@@ -317,88 +304,6 @@ def test_same_bytes_from_the_gpu(source: Path, tmp_path: Path, quant_format: str
     assert reports[0].errors == pytest.approx(reports[1].errors)
 
 
-# ---- which tensors ---------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("name", "quantized"), [
-    ("model.layers.0.mlp.gate_proj", True),
-    ("encoder.layer.0.output.dense", True),
-    ("time_embedding.linear_1", True),
-    ("model.layers.0.mlp.experts.3.w1", True),
-    ("transformer.wte", False),
-    ("shared", False),
-    ("encoder.block.0.layer.0.SelfAttention.relative_attention_bias", False),
-    ("embeddings.word_embeddings", False),
-    ("lm_head", False),
-    ("model.lm_head.dense", False),
-    ("score", False),
-    ("output", False),
-    ("model.layers.0.block_sparse_moe.gate", False),
-    ("model.layers.0.q_proj.lora_A", False),
-    ("model.layers.0.post_norm", False),
-    ("encoder.block.0.layer.1.DenseReluDense.wi", True),
-    ("encoder.block.0.layer.1.DenseReluDense.wo", False),
-    ("qformer.encoder.layer.0.attention.query", False),
-    ("proj_out", False),
-    ("block.proj_out", True),
-    ("predictions.dense", False),
-])  # fmt: skip
-def test_default_choice(tmp_path: Path, name: str, quantized: bool) -> None:
-    src = write_checkpoint(tmp_path / "src", {f"{name}.weight": torch.randn(8, 64)}, None)
-    assert (f"{name}.weight" in quantize_checkpoint(src, tmp_path / "dst").errors) == quantized
-
-
-@pytest.mark.parametrize(("pattern", "names"), [
-    ("layers.1", {"model.layers.1.mlp.up.weight"}),
-    ("mlp", {"model.layers.1.mlp.up.weight", "model.layers.11.mlp.up.weight"}),
-    ("model.layers.1*", {"model.layers.1.mlp.up.weight", "model.layers.11.mlp.up.weight", "model.layers.1.q.weight"}),
-    ("*.q", {"model.layers.1.q.weight"}),
-    ("re:layers\\.1\\.", {"model.layers.1.mlp.up.weight", "model.layers.1.q.weight"}),
-    ("re:^layers", set()),
-    ("up_proj", set()),
-])  # fmt: skip
-def test_skip_patterns(pattern: str, names: set[str]) -> None:
-    every = ["model.layers.1.mlp.up.weight", "model.layers.11.mlp.up.weight", "model.layers.1.q.weight"]
-    if pattern == "layers.1":
-        names = names | {"model.layers.1.q.weight"}
-    assert {n for n in every if matches(pattern, n)} == names
-
-
-def test_skip_that_names_nothing_is_noted(source: Path, tmp_path: Path) -> None:
-    report = quantize_checkpoint(source, tmp_path / "dst", skip=["layres.1"])
-    assert any("layres.1" in n for n in report.notes)
-
-
-def test_what_a_loader_would_skip_is_not_quantized(tmp_path: Path) -> None:
-    """Transformers compares suffixes: skipping `head.out` skips `other.head.out` too."""
-    tensors = {f"{n}.weight": torch.randn(8, 64) for n in ("head.out", "other.head.out", "free")}
-    src = write_checkpoint(tmp_path / "src", tensors, None)
-    report = quantize_checkpoint(src, tmp_path / "dst", skip=["head.out*"])
-    assert list(report.errors) == ["free.weight"]
-    assert any("other.head.out" in n for n in report.notes)
-
-
-@pytest.mark.parametrize(("architecture", "other", "expected"), [
-    ("BertForPreTraining", "encoder.dense", {"lm_head", "cls.predictions.decoder", "predictions.decoder"}),
-    ("WhisperForConditionalGeneration", "encoder.dense", {"lm_head", "proj_out"}),
-    ("OtherForConditionalGeneration", "vision.proj_out", {"lm_head"}),
-    ("LlamaForCausalLM", "model.dense", {"lm_head"}),
-])  # fmt: skip
-def test_tied_heads_are_named(tmp_path: Path, architecture: str, other: str, expected: set[str]) -> None:
-    """A tied head is not in the file, yet a loader must be told to leave it alone."""
-    src = write_checkpoint(tmp_path / "src", {f"{other}.weight": torch.randn(8, 64)}, {"architectures": [architecture]})
-    report = quantize_checkpoint(src, tmp_path / "dst")
-    assert list(report.errors) == [f"{other}.weight"]
-    config = json.loads((tmp_path / "dst" / "config.json").read_text())
-    assert set(config["quantization_config"]["llm_int8_skip_modules"]) == expected
-
-
-def test_experts_are_noted(tmp_path: Path) -> None:
-    src = write_checkpoint(tmp_path / "src", {"layers.0.mlp.experts.7.w1.weight": torch.randn(8, 64)}, None)
-    assert any("experts" in n for n in quantize_checkpoint(src, tmp_path / "a").notes)
-    assert not quantize_checkpoint(src, tmp_path / "b", skip=["experts"]).errors
-
-
 # ---- int8 rows -------------------------------------------------------------------------------------------------------
 
 
@@ -437,247 +342,6 @@ def test_int8_rows_extremes() -> None:
     for wrong in (torch.ones(4), torch.ones(2, 2, dtype=torch.int32)):
         with pytest.raises(ValueError, match="weight: got"):
             quantize_int8_rows(wrong)
-
-
-# ---- what is refused -------------------------------------------------------------------------------------------------
-
-
-def corrupt(path: Path, how: str) -> None:
-    """Damage a safetensors file."""
-    data = path.read_bytes()
-    length = struct.unpack("<Q", data[:8])[0]
-    header = json.loads(data[8 : 8 + length])
-    first = next(k for k in header if k != "__metadata__")
-    if how == "truncated":
-        data = data[:-7]
-    elif how == "truncated header":
-        data = data[: length // 2]
-    elif how == "empty file":
-        data = b""
-    elif how == "seven bytes":
-        data = data[:7]
-    elif how == "header length":
-        data = struct.pack("<Q", 1 << 62) + data[8:]
-    elif how == "not JSON":
-        data = data[:8] + b"x" * length + data[8 + length :]
-    elif how == "trailing bytes":
-        data = data + b"x"
-    else:
-        if how == "offsets beyond the file":
-            header[first]["data_offsets"][1] += 1 << 40
-        elif how == "shape contradicts":
-            header[first]["shape"] = [3, 5, 7]
-        elif how == "overflowing shape":
-            header[first]["shape"] = [1 << 62, 1 << 62]
-        elif how == "negative offset":
-            header[first]["data_offsets"][0] = -8
-        elif how == "unknown dtype":
-            header[first]["dtype"] = "F13"
-        text = json.dumps(header).encode()
-        data = struct.pack("<Q", len(text)) + text + data[8 + length :]
-    path.write_bytes(data)
-
-
-CORRUPT = [
-    "truncated", "truncated header", "empty file", "seven bytes", "header length", "not JSON", "trailing bytes",
-    "offsets beyond the file", "shape contradicts", "overflowing shape", "negative offset", "unknown dtype",
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("how", CORRUPT)
-def test_corrupt_file(source: Path, tmp_path: Path, how: str) -> None:
-    corrupt(source / "model.safetensors", how)
-    with pytest.raises(CheckpointError, match=r"model\.safetensors: not a whole safetensors file") as caught:
-        quantize_checkpoint(source, tmp_path / "dst")
-    assert not isinstance(caught.value, UsageError)
-    assert "\n" not in str(caught.value)
-    assert leftovers(tmp_path) == ["src"]
-
-
-def test_file_that_shrinks_while_it_is_read(source: Path, tmp_path: Path) -> None:
-    path = source / "model.safetensors"
-
-    def shrink(name: str, done: int, total: int) -> None:
-        os.truncate(path, path.stat().st_size // 2)
-
-    with pytest.raises(CheckpointError, match="ends inside this tensor"):
-        quantize_checkpoint(source, tmp_path / "dst", progress=shrink)
-    assert leftovers(tmp_path) == ["src"]
-
-
-@pytest.mark.parametrize(("content", "message"), [
-    ("{", "not JSON"),
-    ("[1]", "expected an object"),
-    ('{"weight_map": 3}', "weight_map"),
-    ('{"weight_map": {"a": "../../etc/passwd"}}', "weight_map"),
-    ('{"weight_map": {"a": "/etc/passwd"}}', "weight_map"),
-    ('{"weight_map": {"a": "missing.safetensors"}}', "1 of 1 shards are missing"),
-    ("[" * 100_000, "not JSON"),
-])  # fmt: skip
-def test_bad_index(source: Path, tmp_path: Path, content: str, message: str) -> None:
-    (source / "model.safetensors.index.json").write_text(content)
-    with pytest.raises(CheckpointError, match=message):
-        quantize_checkpoint(source, tmp_path / "dst")
-    assert leftovers(tmp_path) == ["src"]
-
-
-def test_bad_config(source: Path, tmp_path: Path) -> None:
-    (source / "config.json").write_bytes(b"\xff\xfe")
-    with pytest.raises(CheckpointError, match=r"config\.json: not JSON"):
-        quantize_checkpoint(source, tmp_path / "dst")
-
-
-def test_tensor_in_two_files(source: Path, tmp_path: Path) -> None:
-    (source / "model.safetensors").rename(source / "a.safetensors")
-    save_file({"lm_head.weight": torch.ones(2, 2)}, source / "b.safetensors")
-    with pytest.raises(CheckpointError, match=r"'lm_head\.weight' is in a\.safetensors too"):
-        quantize_checkpoint(source, tmp_path / "dst")
-
-
-@pytest.mark.parametrize("extra", ["a.weight.absmax", "x.SCB", "y.qweight", "z.weight.quant_state.bitsandbytes__nf4"])
-def test_source_that_is_quantized(tmp_path: Path, extra: str) -> None:
-    src = write_checkpoint(tmp_path / "src", {"a.weight": torch.ones(8, 8), extra: torch.ones(4)}, None)
-    with pytest.raises(UsageError, match="already quantized"):
-        quantize_checkpoint(src, tmp_path / "dst")
-
-
-@pytest.mark.parametrize(("quant_format", "double_quant"), FORMATS)
-def test_own_output_is_refused(source: Path, tmp_path: Path, quant_format: str, double_quant: bool) -> None:
-    quantize_checkpoint(source, tmp_path / "dst", quant_format=quant_format, double_quant=double_quant)
-    with pytest.raises(UsageError, match="already quantized"):
-        quantize_checkpoint(tmp_path / "dst", tmp_path / "again")
-    (tmp_path / "dst" / "config.json").unlink()
-    with pytest.raises(UsageError, match="already quantized"):
-        quantize_checkpoint(tmp_path / "dst", tmp_path / "again")
-
-
-def test_source_without_safetensors(tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "file").write_text("")
-    for name, message in [("empty", "no \\*.safetensors"), ("file", "not a directory"), ("none", "no such directory")]:
-        with pytest.raises(UsageError, match=message):
-            quantize_checkpoint(tmp_path / name, tmp_path / "dst")
-
-
-def test_destination_rules(source: Path, tmp_path: Path) -> None:
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "thesis.txt").write_text("years of work")
-    (tmp_path / "file").write_text("")
-    for target, message in [
-        (source, "must not lie in one another"),
-        (source / "nf4", "must not lie in one another"),
-        (tmp_path, "must not lie in one another"),
-        (tmp_path / "full", "not empty"),
-        (tmp_path / "file", "not a directory"),
-    ]:
-        with pytest.raises(UsageError, match=message):
-            quantize_checkpoint(source, target)
-    with pytest.raises(UsageError, match=r"holds no \*\.safetensors"):
-        quantize_checkpoint(source, tmp_path / "full", overwrite=True)
-    assert (tmp_path / "full" / "thesis.txt").read_text() == "years of work"
-    (tmp_path / "empty").mkdir()
-    quantize_checkpoint(source, tmp_path / "empty")
-    quantize_checkpoint(source, tmp_path / "new" / "deep")
-    quantize_checkpoint(source, tmp_path / "empty", overwrite=True, quant_format="fp4")
-    config = json.loads((tmp_path / "empty" / "config.json").read_text())
-    assert config["quantization_config"]["bnb_4bit_quant_type"] == "fp4"
-    assert leftovers(tmp_path) == ["empty", "file", "full", "new", "src"]
-
-
-@pytest.mark.parametrize(("options", "message"), [
-    ({"quant_format": "nf5"}, "format: got 'nf5'"),
-    ({"quant_format": "int8rows", "double_quant": True}, "expected nf4 or fp4"),
-    ({"quant_format": "int8rows", "blocksize": 64}, "takes none"),
-    ({"blocksize": 48}, "blocksize: got 48"),
-    ({"device": "tpu"}, "device: got 'tpu'"),
-    ({"max_shard_bytes": 0}, "max_shard_bytes: got 0"),
-])  # fmt: skip
-def test_bad_options(source: Path, tmp_path: Path, options: dict[str, object], message: str) -> None:
-    with pytest.raises(UsageError, match=message):
-        quantize_checkpoint(source, tmp_path / "dst", **options)  # type: ignore[arg-type]
-    assert leftovers(tmp_path) == ["src"]
-
-
-# ---- what goes wrong on the way --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, OSError])
-@pytest.mark.parametrize("overwrite", [False, True])
-def test_failure_leaves_nothing(source: Path, tmp_path: Path, error: type[BaseException], overwrite: bool) -> None:
-    if overwrite:
-        quantize_checkpoint(source, tmp_path / "dst")
-        before = (tmp_path / "dst" / "model.safetensors").read_bytes()
-
-    def fail(name: str, done: int, total: int) -> None:
-        if done > total // 2:
-            raise error
-
-    with pytest.raises(error):
-        quantize_checkpoint(source, tmp_path / "dst", progress=fail, overwrite=overwrite)
-    assert leftovers(tmp_path) == (["dst", "src"] if overwrite else ["src"])
-    if overwrite:
-        assert (tmp_path / "dst" / "model.safetensors").read_bytes() == before
-
-
-def test_unfinished_file_is_not_readable(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Even where nothing can clean up (a power cut), the file that is left does not look whole."""
-    monkeypatch.setattr(module.shutil, "rmtree", lambda *args, **kwargs: None)
-
-    def fail(name: str, done: int, total: int) -> None:
-        if done > total // 2:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        quantize_checkpoint(source, tmp_path / "dst", progress=fail)
-    (partial,) = [p for p in tmp_path.iterdir() if p.name != "src"]
-    assert partial.name.startswith(".dst.")
-    assert partial.name.endswith(".partial")
-    assert not (partial / "config.json").exists()
-    with pytest.raises(CheckpointError):
-        Checkpoint(partial)
-
-
-def test_disk_too_small(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    usage = module.shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(module.shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    with pytest.raises(CheckpointError, match=r"needs .* GB, the disk has"):
-        quantize_checkpoint(source, tmp_path / "dst")
-    assert leftovers(tmp_path) == ["src"]
-
-
-_MEASURE = """
-import sys
-from pathlib import Path
-from fewbits.checkpoint import quantize_checkpoint
-def status(key):
-    (line,) = [l for l in Path("/proc/self/status").read_text().splitlines() if l.startswith(key)]
-    return int(line.split()[1])
-warm, source, target, *options = sys.argv[1:]
-keywords = dict(quant_format=options[0], double_quant=options[0] == "nf4")
-quantize_checkpoint(warm, target + "-warm", **keywords)
-Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
-before = status("VmRSS:")
-quantize_checkpoint(source, target, **keywords)
-print(status("VmHWM:") - before)
-"""
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("quant_format", ["nf4", "int8rows", "blockwise8"])
-def test_peak_memory(tmp_path: Path, quant_format: str) -> None:
-    """Twelve tensors of 16 MB, three of them copied, take about the memory of one."""
-    warm = write_checkpoint(tmp_path / "warm", {"a.weight": torch.randn(64, 64)}, None)
-    big = torch.randn(2048, 2048)
-    tensors = {f"layers.{i}.up.weight": big + i for i in range(9)} | {f"embed_{i}.weight": big + i for i in range(3)}
-    src = write_checkpoint(tmp_path / "src", tensors, None)
-    total, largest = sum(t.nbytes for t in tensors.values()), big.nbytes
-    del tensors
-    command = [sys.executable, "-c", _MEASURE, str(warm), str(src), str(tmp_path / "dst"), quant_format]
-    result = subprocess.run(command, capture_output=True, text=True, check=True)
-    grown = int(result.stdout) * 1024
-    # The tensor, its codes (a quarter here), and pieces of 1 MB while the error is measured.
-    assert grown < 2.5 * largest, f"{grown / 1e6:.0f} MB for tensors of {largest / 1e6:.0f} MB"
-    assert grown < total / 2
 
 
 # ---- against bitsandbytes ------------------------------------------------------------------------------------------

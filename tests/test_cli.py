@@ -56,11 +56,6 @@ def check_refusal(result: Result, code: int, message: str) -> None:
     assert message in result[2]
 
 
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    return write_checkpoint(tmp_path / "src")
-
-
 def test_quantize(source: Path, tmp_path: Path) -> None:
     result = run("quantize", source, tmp_path / "dst", "--double-quant", "--skip", "layers.0", "--skip", "nothing")
     assert result[0] == 0, result[2]
