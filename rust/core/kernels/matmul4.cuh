@@ -2,6 +2,9 @@
 #pragma once
 #include "decode.cuh"
 
+// (What a kernel that starts before the previous one has ended reads after its wait, it reads by ordinary loads: the read-only path
+// need not see what was written meanwhile.)
+
 // Where nested scales come from (see double_quant.cu): nested_code[codes[b]] * nested_absmax[b >> log2_nested] + *offset. The codes
 // themselves, like plain float32 scales, are copied with the weight's.
 struct NestedSource {
@@ -10,7 +13,7 @@ struct NestedSource {
     const float* offset;
     int log2_blocksize;
 
-    __device__ __forceinline__ float absmax_of(i64 block) const { return __ldg(absmax + (block >> log2_blocksize)); }
+    __device__ __forceinline__ float absmax_of(i64 block) const { return absmax[block >> log2_blocksize]; }
 };
 
 // How the copy engine sees a tensor; the driver fills it in.

@@ -100,7 +100,7 @@ struct Mid {
             lane_base = (base + TABLE) | (lane * 4);
             select = 0x7604 | (lane % 4) << 4;
             row = threadIdx.x / WARP % (4 * GROUPS) * 16 + lane / 4;
-            offset = NESTED ? __ldg(p.nested.offset) : 0.0f;
+            offset = NESTED ? *p.nested.offset : 0.0f;
             inverse_factor = 1.0f / product_factor<E>(p.quant_type);
         }
 

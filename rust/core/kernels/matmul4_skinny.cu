@@ -27,7 +27,6 @@ struct Problem {
     int m, n, k;
     int log2_blocksize, quant_type;
     int ahead;  // stages that are brought near before the previous kernel has ended
-    int early;  // whether the weights were written long before the kernel in front of this one
 };
 
 // HELD: the tokens of a warp's NPER stages stay in registers. READ: they are read again for each tile. COPIED: they come with the
@@ -94,7 +93,7 @@ struct Skinny {
             for (int b = 0; b < 4; b++) {
                 if (token < p.m && stage * STAGE + b * STEP < p.k) {
 #pragma unroll
-                    for (int half = 0; half < 2; half++) put(tokens[i][b], half, __ldg(from + b * 8 + half));
+                    for (int half = 0; half < 2; half++) put(tokens[i][b], half, from[b * 8 + half]);
                 } else if (stage * STAGE + b * STEP >= p.k) {
 #pragma unroll
                     for (int half = 0; half < 2; half++) put(tokens[i][b], half, make_uint4(0, 0, 0, 0));
@@ -211,29 +210,24 @@ struct Skinny {
 #pragma unroll
             for (int d = 0; d < DEPTH; d++) init_mbarrier(barriers + d * 8, 1);
             publish_mbarriers();
-            if (p.early) {
-#pragma unroll
-                for (int d = 0; d < DEPTH; d++) ask_next(d);
-            } else {
-                // Reading the codes must wait, bringing them near need not: a later write is seen in the L2 cache all the same.
-                Place near = asked;
-                for (int d = 0; d < min(p.ahead, left); d++) {
-                    prefetch_box(&p.codes, near.stage * STAGE_BYTES, near.row0);
-                    near.next(wk, per, in_hand * ROWS);
-                }
+            // Reading the codes must wait, bringing them near need not: a later write is seen in the L2 cache all the same.
+            Place near = asked;
+            for (int d = 0; d < min(p.ahead, left); d++) {
+                prefetch_box(&p.codes, near.stage * STAGE_BYTES, near.row0);
+                near.next(wk, per, in_hand * ROWS);
             }
         }
         __syncwarp();
         Table::fill(table, p.quant_type);
         wait_for_previous_kernel();
-        if (lane == 0 && !p.early) {
+        if (lane == 0) {
 #pragma unroll
             for (int d = 0; d < DEPTH; d++) ask_next(d);
         }
         __syncwarp();
         let_next_kernel_start();
         if (NESTED) load_nested_code(nested_code, p.nested);
-        const float offset = NESTED ? __ldg(p.nested.offset) : 0.0f, inverse_factor = 1.0f / product_factor<E>(p.quant_type);
+        const float offset = NESTED ? *p.nested.offset : 0.0f, inverse_factor = 1.0f / product_factor<E>(p.quant_type);
         unsigned tokens[KEPT][NT][4][8] = {};
         if (TOKENS == HELD) {
 #pragma unroll

@@ -117,7 +117,7 @@ struct Wide {
             lane_base = (base + TABLE - SYSTEM) | (lane * 8);
             select = 0x7604 | (lane % 4) << 4;
             row = group * 64 + threadIdx.x / WARP % 4 * 16 + lane / 4;
-            offset = NESTED ? __ldg(p.nested.offset) : 0.0f;
+            offset = NESTED ? *p.nested.offset : 0.0f;
         }
 
         __device__ __forceinline__ float scale(const Problem& p, unsigned scales, int row0, int step, int below) const {

@@ -64,7 +64,6 @@ struct SkinnyProblem {
     log2_blocksize: i32,
     quant_type: i32,
     ahead: i32,
-    early: i32,
 }
 
 /// kernels/matmul4_mid.cu and kernels/matmul4_wgmma.cu
@@ -234,7 +233,6 @@ impl Call<'_> {
             log2_blocksize: weight.blocksize.trailing_zeros() as i32,
             quant_type: weight.quant_type as i32,
             ahead: shape.depth as i32,
-            early: 0,
         };
         let groups = (shape.warps / shape.split) as usize;
         let grid = Grid::Overlapping(weight.n.div_ceil(tile as usize).div_ceil(groups) as u64);
