@@ -86,7 +86,20 @@ pub fn names() -> impl Iterator<Item = String> {
 /// | portable, tiles | 21.6 | 21.6 | | | | | | | |
 ///
 /// Rows that are not whole blocks decode more slowly, which tiles do once: they are ahead from two tokens on.
-fn method(path: Path, dtype: Dtype, m: usize, whole_blocks: bool) -> Option<Method> {
+///
+/// Where torch has a fast product of the dtype, panels win with many tokens: its threads go on spinning after each of its
+/// operations, and are there at once where ours must share processors with them. Time of tiles over that of panels, two cores, a softmax
+/// by torch before each call:
+///
+/// | | M = 32 | 64 | 128 | 256 |
+/// |---|---|---|---|---|
+/// | bfloat16, 256 x 256 | 0.47 | 0.74 | 1.03 | 1.24 |
+/// | bfloat16, 1024 x 1024 | 0.71 | 1.00 | 1.41 | 1.49 |
+/// | bfloat16, 4096 x 4096 | 0.99 | 1.12 | 1.26 | 1.20 |
+/// | float32, 256 x 256 | 0.52 | 0.71 | 1.08 | 1.40 |
+/// | float32, 1024 x 1024 | 0.70 | 0.87 | 1.12 | 1.15 |
+/// | float32, 4096 x 4096 | 0.67 | 0.86 | 0.87 | 0.96 |
+fn method(path: Path, dtype: Dtype, m: usize, elements: usize, whole_blocks: bool) -> Option<Method> {
     let few = match path {
         Path::Avx512Bf16 | Path::Avx512 if !whole_blocks => m == 1,
         Path::Avx512Bf16 | Path::Avx512 => m <= 40 && m * 8 < m.next_multiple_of(16) * 7,
@@ -96,9 +109,12 @@ fn method(path: Path, dtype: Dtype, m: usize, whole_blocks: bool) -> Option<Meth
     if few {
         return Some(Method::Few);
     }
-    // Without vectors wider than everybody's, libraries with kernels of their own are ahead. So are those that use AMX.
-    let panels = match path {
-        Path::Portable => dtype != Dtype::F16 && m >= 32,
+    let panels = match (path, dtype) {
+        (_, Dtype::F16) => false,
+        // Without vectors wider than everybody's, libraries with kernels of their own are ahead.
+        (Path::Portable, _) => m >= 32,
+        (Path::Avx512Bf16, Dtype::Bf16) => (m >= 128 && elements >= 1 << 16) || (m >= 64 && elements >= 1 << 22),
+        (Path::Avx512Bf16 | Path::Avx512, Dtype::F32) => m >= 128 && (1 << 16..1 << 23).contains(&elements),
         _ => dtype == Dtype::Bf16 && m >= 128 && has_amx_bf16(),
     };
     (!panels).then_some(Method::Tiles)
@@ -109,7 +125,8 @@ fn method(path: Path, dtype: Dtype, m: usize, whole_blocks: bool) -> Option<Meth
 pub(crate) unsafe fn matmul_4bit(weight: Weight, rows: Rows, threads: usize) -> Result<bool> {
     let path = Path::chosen();
     let forced = forced_name().and_then(|name| Method::ALL.into_iter().find(|method| method.name() == name));
-    let chosen = || method(path, rows.dtype, rows.m, weight.k.is_multiple_of(weight.blocksize));
+    let whole_blocks = weight.k.is_multiple_of(weight.blocksize);
+    let chosen = || method(path, rows.dtype, rows.m, weight.n * weight.k, whole_blocks);
     let Some(method) = forced.or_else(chosen).filter(|_| forced_name() != Some(PANELS)) else {
         return Ok(false);
     };
