@@ -6,7 +6,7 @@ use pyo3::prelude::*;
 
 use crate::blockwise::run;
 use crate::error::Result;
-use crate::target::{absmax, dtype, quant_type, target};
+use crate::target::{dtype, target, weight};
 
 /// Multiplies with a 4-bit weight; `nested_blocksize` 0 means plain float32 maxima. Returns whether a kernel took it.
 #[pyfunction]
@@ -30,8 +30,8 @@ pub fn matmul_4bit(
     device: i64,
     queue: u64,
 ) -> Result<bool> {
-    let absmax = self::absmax(absmax, nested_code, nested_absmax, nested_blocksize, offset);
-    let weight = Weight { codes, n, k, blocksize, quant_type: self::quant_type(quant_type)?, absmax };
+    let weight =
+        weight(codes, n, k, blocksize, quant_type, absmax, nested_code, nested_absmax, nested_blocksize, offset)?;
     multiply(py, weight, x, m, self::dtype(dtype)?, bias, out, target(device, queue)?)
 }
 
@@ -54,8 +54,9 @@ impl Weight4bit {
         nested_blocksize: usize,
         offset: u64,
     ) -> Result<Self> {
-        let absmax = self::absmax(absmax, nested_code, nested_absmax, nested_blocksize, offset);
-        Ok(Self(Weight { codes, n, k, blocksize, quant_type: self::quant_type(quant_type)?, absmax }))
+        let weight =
+            weight(codes, n, k, blocksize, quant_type, absmax, nested_code, nested_absmax, nested_blocksize, offset)?;
+        Ok(Self(weight))
     }
 
     /// As the function `matmul_4bit`.

@@ -1,12 +1,11 @@
 //! Parts of 4-bit weights. Arguments: `_native.pyi`.
 
-use fewbits_core::matmul4::Weight;
 use fewbits_core::panel::{self, Panel, Rows};
 use pyo3::prelude::*;
 
 use crate::blockwise::run;
 use crate::error::Result;
-use crate::target::{absmax, dtype, quant_type, target};
+use crate::target::{dtype, target, weight};
 
 /// Expands a rectangle of a 4-bit weight.
 #[pyfunction]
@@ -31,8 +30,8 @@ pub fn dequantize_4bit_panel(
     device: i64,
     queue: u64,
 ) -> Result<()> {
-    let absmax = self::absmax(absmax, nested_code, nested_absmax, nested_blocksize, offset);
-    let weight = Weight { codes, n, k, blocksize, quant_type: self::quant_type(quant_type)?, absmax };
+    let weight =
+        weight(codes, n, k, blocksize, quant_type, absmax, nested_code, nested_absmax, nested_blocksize, offset)?;
     let panel = Panel { rows: Rows::From(first_row), count: rows, first_column, columns };
     let (dtype, target) = (self::dtype(dtype)?, target(device, queue)?);
     // SAFETY: `fewbits._matmul` passes addresses of tensors of these sizes on this device and keeps them alive for the call.
@@ -61,8 +60,8 @@ pub fn dequantize_4bit_rows(
     device: i64,
     queue: u64,
 ) -> Result<()> {
-    let absmax = self::absmax(absmax, nested_code, nested_absmax, nested_blocksize, offset);
-    let weight = Weight { codes, n, k, blocksize, quant_type: self::quant_type(quant_type)?, absmax };
+    let weight =
+        weight(codes, n, k, blocksize, quant_type, absmax, nested_code, nested_absmax, nested_blocksize, offset)?;
     let panel = Panel { rows: Rows::Indices { address: indices, wide }, count, first_column: 0, columns: k };
     let (dtype, target) = (self::dtype(dtype)?, target(device, queue)?);
     // SAFETY: as in `dequantize_4bit_panel`.

@@ -1,6 +1,7 @@
 //! Numbers at the boundary to the core's types.
 
 use fewbits_core::blockwise::Absmax;
+use fewbits_core::matmul4::Weight;
 use fewbits_core::{Dtype, QuantType, Target};
 
 use crate::error::{Result, unknown};
@@ -30,4 +31,21 @@ pub fn absmax(absmax: u64, nested_code: u64, nested_absmax: u64, nested_blocksiz
         0 => Absmax::Plain(absmax),
         blocksize => Absmax::Nested { codes: absmax, code: nested_code, absmax: nested_absmax, blocksize, offset },
     }
+}
+
+/// A 4-bit weight of `n` rows and `k` columns; the last five arguments as in [`absmax`].
+pub fn weight(
+    codes: u64,
+    n: usize,
+    k: usize,
+    blocksize: usize,
+    quant_type: usize,
+    absmax: u64,
+    nested_code: u64,
+    nested_absmax: u64,
+    nested_blocksize: usize,
+    offset: u64,
+) -> Result<Weight> {
+    let absmax = self::absmax(absmax, nested_code, nested_absmax, nested_blocksize, offset);
+    Ok(Weight { codes, n, k, blocksize, quant_type: self::quant_type(quant_type)?, absmax })
 }
