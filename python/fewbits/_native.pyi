@@ -21,6 +21,7 @@ __all__ = [
     "driver_info",
     "images",
     "matmul_4bit",
+    "matmul_4bit_workspace_size",
     "nested_workspace_size",
     "quantize_4bit",
     "quantize_4bit_nested",
@@ -90,9 +91,11 @@ def matmul_4bit(
     offset: int,
     bias: int,
     out: int,
+    workspace: int,
     device: int,
     queue: int,
 ) -> bool: ...
+def matmul_4bit_workspace_size(m: int, n: int, k: int, device: int) -> int: ...
 def dequantize_4bit_panel(
     codes: int,
     n: int,
@@ -148,7 +151,9 @@ class Weight4bit:
         nested_blocksize: int,
         offset: int,
     ) -> Weight4bit: ...
-    def matmul(self, x: int, m: int, dtype: int, bias: int, out: int, device: int, queue: int) -> bool: ...
+    def matmul(
+        self, x: int, m: int, dtype: int, bias: int, out: int, workspace: int, device: int, queue: int
+    ) -> bool: ...
 
 def codebook(name: str) -> list[float]: ...
 def driver_info() -> dict[str, Any]: ...
