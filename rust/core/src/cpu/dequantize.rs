@@ -8,6 +8,8 @@ use std::sync::LazyLock;
 
 #[cfg(target_arch = "x86_64")]
 use super::avx512::{self, Wide};
+#[cfg(target_arch = "x86_64")]
+use super::avx512_code256;
 #[cfg(not(target_arch = "x86_64"))]
 use super::element::Element as Wide;
 use super::element::{Element, for_dtype};
@@ -102,7 +104,7 @@ impl Scales {
                 Self::Plain(absmax) => _mm512_maskz_loadu_ps(present, absmax.add(first)),
                 Self::Nested { codes, code, absmax, log2_blocksize, offset } => {
                     let codes = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(present, codes.add(first).cast()));
-                    let values = avx512::Table256::new(code).look_up(codes);
+                    let values = avx512_code256::Table256::new(code).look_up(codes);
                     // A nested block has at least 32 blocks, so sixteen of them lie in two at most.
                     let (nested, last) = (first >> log2_blocksize, (first + count - 1) >> log2_blocksize);
                     let boundary = (last << log2_blocksize).saturating_sub(first);
@@ -247,7 +249,7 @@ unsafe fn blocks_8bit<T: Wide>(
     #[cfg(target_arch = "x86_64")]
     let table = (Path::chosen().is_avx512() && values.iter().all(|value| value.is_finite()))
         // SAFETY: this path is chosen only where the processor has AVX-512.
-        .then(|| unsafe { avx512::Table256::new(values) });
+        .then(|| unsafe { avx512_code256::Table256::new(values) });
     for (block, start) in (0..n).step_by(blocksize).enumerate() {
         let end = n.min(start + blocksize);
         // SAFETY: the block lies within the caller's `n` codes and elements, its scale within the blocks.
@@ -256,7 +258,7 @@ unsafe fn blocks_8bit<T: Wide>(
             #[cfg(target_arch = "x86_64")]
             if let Some(table) = &table
                 && end - start == blocksize
-                && avx512::dequantize_8bit(codes.add(start), table, scale, out.add(start), blocksize)
+                && avx512_code256::dequantize_8bit(codes.add(start), table, scale, out.add(start), blocksize)
             {
                 continue;
             }

@@ -6,7 +6,11 @@
 
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+#[cfg(target_arch = "x86_64")]
+mod avx512_code256;
 mod crew;
+#[cfg(target_arch = "x86_64")]
+mod decades;
 pub mod dequantize;
 mod element;
 mod float_mode;

@@ -4,6 +4,10 @@ use std::sync::LazyLock;
 
 #[cfg(target_arch = "x86_64")]
 use super::avx512::{self, Wide};
+#[cfg(target_arch = "x86_64")]
+use super::avx512_code256;
+#[cfg(target_arch = "x86_64")]
+use super::decades::Decades;
 #[cfg(not(target_arch = "x86_64"))]
 use super::element::Element as Wide;
 use super::element::{Element, LANES, for_dtype, for_runs};
@@ -160,6 +164,8 @@ pub(super) struct Code256 {
     finder: Finder,
     code_of_rank: [u8; 256],
     sorted: bool,
+    #[cfg(target_arch = "x86_64")]
+    decades: Option<Decades>,
 }
 
 impl Code256 {
@@ -177,7 +183,13 @@ impl Code256 {
         };
         let mut code_of_rank = [0; 256];
         code_of_rank.copy_from_slice(&ranks.codes);
-        Self { finder, code_of_rank, sorted: ranks.codes.is_sorted() }
+        Self {
+            finder,
+            code_of_rank,
+            sorted: ranks.codes.is_sorted(),
+            #[cfg(target_arch = "x86_64")]
+            decades: Path::chosen().is_avx512().then(|| Decades::new(values, &ranks)).flatten(),
+        }
     }
 
     #[inline(always)]
@@ -207,7 +219,7 @@ impl Code256 {
 const LONG_RUN: usize = 256;
 
 #[inline(always)]
-unsafe fn blocks_8bit<T: Element>(
+unsafe fn blocks_8bit<T: Wide>(
     x: *const T,
     n: usize,
     blocksize: usize,
@@ -220,6 +232,14 @@ unsafe fn blocks_8bit<T: Element>(
         // SAFETY: the block lies within the caller's `n` elements and bytes, its scale within the blocks.
         unsafe {
             let (x, codes) = (x.add(start), codes.add(start));
+            #[cfg(target_arch = "x86_64")]
+            if let Some(decades) = &table.decades
+                && count.is_multiple_of(16)
+                && let Some(scale) = avx512_code256::quantize_8bit(x, count, decades, codes)
+            {
+                absmax.add(block).write_unaligned(scale);
+                continue;
+            }
             let scale = block_absmax(x, count);
             absmax.add(block).write_unaligned(scale);
             if count.is_multiple_of(LONG_RUN) {
@@ -258,12 +278,12 @@ multiversion! {
     ///
     /// # Safety
     /// `x` holds `n` elements, `codes` has room for `n` bytes and `absmax` for one float32 a block.
-    pub(super) unsafe fn run_8bit[T: Element][T](x: *const T, n: usize, blocksize: usize, table: &Code256, codes: *mut u8, absmax: *mut f32)
+    pub(super) unsafe fn run_8bit[T: Wide][T](x: *const T, n: usize, blocksize: usize, table: &Code256, codes: *mut u8, absmax: *mut f32)
         => blocks_8bit
 }
 
 /// Splits blocks over threads: `work(x, n, codes, absmax)` gets a run of whole blocks.
-unsafe fn over_blocks<T: Element>(
+unsafe fn over_blocks<T: Wide>(
     blocks: Blocks,
     x: u64,
     codes: u64,
