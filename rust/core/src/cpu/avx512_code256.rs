@@ -99,41 +99,82 @@ unsafe fn encode<T: Wide, const MIRRORED: bool, const REGISTERS: usize>(
     code: &Decades,
     codes: *mut u8,
 ) {
-    // SAFETY: the tables have 32, 16 and 256 entries, the caller holds `count` elements and room for `count` bytes.
+    // SAFETY: the caller's promise.
     unsafe {
-        let edges = code.edges.as_ptr().cast::<i32>();
-        let (low_edges, high_edges) = (_mm512_loadu_epi32(edges), _mm512_loadu_epi32(edges.add(16)));
-        let (slopes, offsets) = (_mm512_loadu_ps(code.slopes.as_ptr()), _mm512_loadu_ps(code.offsets.as_ptr()));
+        let search = Search::<MIRRORED>::new(code);
         let thresholds = Table::<REGISTERS>::new(&code.thresholds);
-        let (inverse, one) = (_mm512_set1_ps(inverse), _mm512_set1_epi32(1));
+        let inverse = _mm512_set1_ps(inverse);
         for i in (0..count).step_by(16) {
             let t = _mm512_mul_ps(T::widen16(x.add(i)), inverse);
-            let magnitude = if MIRRORED { _mm512_abs_ps(t) } else { t };
-            let magnitude = _mm512_max_ps(magnitude, _mm512_set1_ps(SMALLEST));
-            let exponent = _mm512_srli_epi32::<23>(_mm512_castps_si512(magnitude));
-            let edge = _mm512_permutex2var_epi32(low_edges, exponent, high_edges);
-            let above = _mm512_cmp_ps_mask::<_CMP_GT_OQ>(magnitude, _mm512_castsi512_ps(edge));
-            // The permutations read four bits of it.
-            let decade = _mm512_mask_add_epi32(edge, above, edge, one);
-            let slope = _mm512_permutexvar_ps(decade, slopes);
-            let offset = _mm512_permutexvar_ps(decade, offsets);
-            let place = _mm512_cvttps_epi32(_mm512_fmadd_ps(magnitude, slope, offset));
-            let threshold = thresholds.look_up(place);
-            let rank = if MIRRORED {
-                let bits = _mm512_castps_si512(t);
-                let sign_bit = _mm512_and_si512(bits, _mm512_set1_epi32(i32::MIN));
-                let threshold = _mm512_or_si512(_mm512_castps_si512(threshold), sign_bit);
-                let above = _mm512_cmp_ps_mask::<_CMP_GT_OQ>(t, _mm512_castsi512_ps(threshold));
-                // Below 0 places are counted downwards.
-                let from_zero = _mm512_xor_si512(place, _mm512_srai_epi32::<31>(bits));
-                let rank = _mm512_add_epi32(from_zero, _mm512_set1_epi32(NEGATIVE as i32));
-                // A mirrored code ends before -1.
-                _mm512_max_epi32(_mm512_mask_add_epi32(rank, above, rank, one), _mm512_setzero_si512())
-            } else {
-                let above = _mm512_cmp_ps_mask::<_CMP_GT_OQ>(magnitude, threshold);
-                _mm512_mask_add_epi32(place, above, place, one)
-            };
+            let place = search.place(t);
+            let rank = search.rank(t, place, thresholds.look_up(place));
+            let rank = _mm512_max_epi32(rank, _mm512_setzero_si512());
             _mm_storeu_si128(codes.add(i).cast(), _mm512_cvtepi32_epi8(rank));
         }
+    }
+}
+
+/// The arithmetic of [`Decades`], apart from the look-up of thresholds.
+pub struct Search<const MIRRORED: bool> {
+    edges: [__m512i; 2],
+    slopes: __m512,
+    offsets: __m512,
+}
+
+impl<const MIRRORED: bool> Search<MIRRORED> {
+    /// # Safety
+    /// AVX-512 is there.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2")]
+    pub unsafe fn new(code: &Decades) -> Self {
+        let edges = code.edges.as_ptr().cast::<i32>();
+        // SAFETY: there are 32 edges, 16 slopes and 16 offsets.
+        unsafe {
+            Self {
+                edges: [_mm512_loadu_epi32(edges), _mm512_loadu_epi32(edges.add(16))],
+                slopes: _mm512_loadu_ps(code.slopes.as_ptr()),
+                offsets: _mm512_loadu_ps(code.offsets.as_ptr()),
+            }
+        }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2")]
+    fn magnitude(t: __m512) -> __m512 {
+        _mm512_max_ps(if MIRRORED { _mm512_abs_ps(t) } else { t }, _mm512_set1_ps(SMALLEST))
+    }
+
+    /// The places of sixteen quotients.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2")]
+    pub fn place(&self, t: __m512) -> __m512i {
+        let magnitude = Self::magnitude(t);
+        let exponent = _mm512_srli_epi32::<23>(_mm512_castps_si512(magnitude));
+        let edge = _mm512_permutex2var_epi32(self.edges[0], exponent, self.edges[1]);
+        let above = _mm512_cmp_ps_mask::<_CMP_GT_OQ>(magnitude, _mm512_castsi512_ps(edge));
+        // The permutations read four bits of it.
+        let decade = _mm512_mask_add_epi32(edge, above, edge, _mm512_set1_epi32(1));
+        let slope = _mm512_permutexvar_ps(decade, self.slopes);
+        let offset = _mm512_permutexvar_ps(decade, self.offsets);
+        _mm512_cvttps_epi32(_mm512_fmadd_ps(magnitude, slope, offset))
+    }
+
+    /// Their ranks, with the thresholds of their places; what lies below a mirrored code's first value may get -1.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2")]
+    pub fn rank(&self, t: __m512, place: __m512i, threshold: __m512) -> __m512i {
+        let one = _mm512_set1_epi32(1);
+        if !MIRRORED {
+            let above = _mm512_cmp_ps_mask::<_CMP_GT_OQ>(Self::magnitude(t), threshold);
+            return _mm512_mask_add_epi32(place, above, place, one);
+        }
+        let bits = _mm512_castps_si512(t);
+        let sign_bit = _mm512_and_si512(bits, _mm512_set1_epi32(i32::MIN));
+        let threshold = _mm512_castsi512_ps(_mm512_or_si512(_mm512_castps_si512(threshold), sign_bit));
+        let above = _mm512_cmp_ps_mask::<_CMP_GT_OQ>(t, threshold);
+        // Below 0 places are counted downwards.
+        let from_zero = _mm512_xor_si512(place, _mm512_srai_epi32::<31>(bits));
+        let rank = _mm512_add_epi32(from_zero, _mm512_set1_epi32(NEGATIVE as i32));
+        _mm512_mask_add_epi32(rank, above, rank, one)
     }
 }

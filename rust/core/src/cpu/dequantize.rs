@@ -8,8 +8,6 @@ use std::sync::LazyLock;
 
 #[cfg(target_arch = "x86_64")]
 use super::avx512::{self, Wide};
-#[cfg(target_arch = "x86_64")]
-use super::avx512_code256;
 #[cfg(not(target_arch = "x86_64"))]
 use super::element::Element as Wide;
 use super::element::{Element, for_dtype};
@@ -17,6 +15,8 @@ use super::element::{Element, for_dtype};
 use super::path::Path;
 use super::path::multiversion;
 use super::table_lookup::{Lookup, expand};
+#[cfg(target_arch = "x86_64")]
+use super::{avx512_code256, avx512_planes};
 use super::{code_values, pages, pool};
 use crate::blockwise::{Absmax, Blocks};
 use crate::codebook::dynamic_map;
@@ -32,14 +32,20 @@ pub(super) struct Values {
     values: [f32; 256],
     #[cfg(target_arch = "x86_64")]
     in_registers: bool,
+    #[cfg(target_arch = "x86_64")]
+    planes: Option<Box<avx512_planes::Planes>>,
 }
 
 impl Values {
     fn new(values: [f32; 256]) -> Self {
+        #[cfg(target_arch = "x86_64")]
+        let in_registers = Path::chosen().is_avx512() && values.iter().all(|value| value.is_finite());
         Self {
             values,
             #[cfg(target_arch = "x86_64")]
-            in_registers: Path::chosen().is_avx512() && values.iter().all(|value| value.is_finite()),
+            planes: in_registers.then(|| avx512_planes::Planes::new(&values)).flatten(),
+            #[cfg(target_arch = "x86_64")]
+            in_registers,
         }
     }
 }
@@ -265,18 +271,26 @@ unsafe fn blocks_8bit<T: Wide>(
 ) {
     #[cfg(target_arch = "x86_64")]
     // SAFETY: only where the processor has AVX-512.
-    let table = values.in_registers.then(|| unsafe { avx512_code256::Table256::new(&values.values) });
+    let table = (values.in_registers && (values.planes.is_none() || blocksize < 64))
+        .then(|| unsafe { avx512_code256::Table256::new(&values.values) });
     for (block, start) in (0..n).step_by(blocksize).enumerate() {
         let end = n.min(start + blocksize);
         // SAFETY: the block lies within the caller's `n` codes and elements, its scale within the blocks.
         unsafe {
             let scale = absmax.add(block).read_unaligned();
             #[cfg(target_arch = "x86_64")]
-            if let Some(table) = &table
-                && end - start == blocksize
-                && avx512_code256::dequantize_8bit(codes.add(start), table, scale, out.add(start), blocksize)
-            {
-                continue;
+            if end - start == blocksize {
+                let (codes, out) = (codes.add(start), out.add(start));
+                let done = match (&values.planes, &table) {
+                    (Some(planes), _) if blocksize.is_multiple_of(64) => {
+                        avx512_planes::dequantize_8bit(codes, planes, scale, out, blocksize)
+                    }
+                    (_, Some(table)) => avx512_code256::dequantize_8bit(codes, table, scale, out, blocksize),
+                    _ => false,
+                };
+                if done {
+                    continue;
+                }
             }
             for first in (start..end).step_by(RUN) {
                 decode_8bit(codes.add(first), &values.values, scale, out.add(first), RUN.min(end - first));

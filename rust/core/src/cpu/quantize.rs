@@ -5,8 +5,6 @@ use std::sync::LazyLock;
 #[cfg(target_arch = "x86_64")]
 use super::avx512::{self, Wide};
 #[cfg(target_arch = "x86_64")]
-use super::avx512_code256;
-#[cfg(target_arch = "x86_64")]
 use super::decades::Decades;
 #[cfg(not(target_arch = "x86_64"))]
 use super::element::Element as Wide;
@@ -14,6 +12,8 @@ use super::element::{Element, LANES, for_dtype, for_runs};
 #[cfg(target_arch = "x86_64")]
 use super::path::Path;
 use super::path::multiversion;
+#[cfg(target_arch = "x86_64")]
+use super::{avx512_code256, avx512_planes};
 use super::{pages, pool};
 use crate::blockwise::Blocks;
 #[cfg(target_arch = "x86_64")]
@@ -166,6 +166,9 @@ pub(super) struct Code256 {
     sorted: bool,
     #[cfg(target_arch = "x86_64")]
     decades: Option<Decades>,
+    /// The thresholds of the decades.
+    #[cfg(target_arch = "x86_64")]
+    planes: Option<Box<avx512_planes::Planes>>,
 }
 
 impl Code256 {
@@ -181,6 +184,8 @@ impl Code256 {
                 Finder::Search(thresholds)
             }
         };
+        #[cfg(target_arch = "x86_64")]
+        let decades = Path::chosen().is_avx512().then(|| Decades::new(values, &ranks)).flatten();
         let mut code_of_rank = [0; 256];
         code_of_rank.copy_from_slice(&ranks.codes);
         Self {
@@ -188,7 +193,28 @@ impl Code256 {
             code_of_rank,
             sorted: ranks.codes.is_sorted(),
             #[cfg(target_arch = "x86_64")]
-            decades: Path::chosen().is_avx512().then(|| Decades::new(values, &ranks)).flatten(),
+            planes: decades.as_ref().and_then(|decades| avx512_planes::Planes::new(&decades.thresholds)),
+            #[cfg(target_arch = "x86_64")]
+            decades,
+        }
+    }
+
+    /// Quantizes a block of ordinary numbers with AVX-512, where that is the path in use.
+    ///
+    /// # Safety
+    /// `x` holds `count` elements, `codes` has room for `count` bytes.
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    unsafe fn whole_block<T: Wide>(&self, x: *const T, count: usize, codes: *mut u8) -> Option<f32> {
+        let decades = self.decades.as_ref().filter(|_| count.is_multiple_of(16))?;
+        // SAFETY: decades are made only where the processor has AVX-512, planes where it has VBMI; the rest is the caller's promise.
+        unsafe {
+            match &self.planes {
+                Some(planes) if count.is_multiple_of(64) => {
+                    avx512_planes::quantize_8bit(x, count, decades, planes, codes)
+                }
+                _ => avx512_code256::quantize_8bit(x, count, decades, codes),
+            }
         }
     }
 
@@ -233,10 +259,7 @@ unsafe fn blocks_8bit<T: Wide>(
         unsafe {
             let (x, codes) = (x.add(start), codes.add(start));
             #[cfg(target_arch = "x86_64")]
-            if let Some(decades) = &table.decades
-                && count.is_multiple_of(16)
-                && let Some(scale) = avx512_code256::quantize_8bit(x, count, decades, codes)
-            {
+            if let Some(scale) = table.whole_block(x, count, codes) {
                 absmax.add(block).write_unaligned(scale);
                 continue;
             }
