@@ -20,6 +20,7 @@ pub mod matmul4;
 pub(crate) mod optim;
 mod optim_block;
 mod optim_coefficients;
+mod optim_families;
 pub(crate) mod optim_norms;
 mod optim_rules;
 mod optim_table;
