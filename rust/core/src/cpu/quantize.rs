@@ -4,12 +4,16 @@ use std::sync::LazyLock;
 
 #[cfg(target_arch = "x86_64")]
 use super::avx512::{self, Wide};
+#[cfg(target_arch = "x86_64")]
+use super::decades::Decades;
 #[cfg(not(target_arch = "x86_64"))]
 use super::element::Element as Wide;
-use super::element::{Element, LANES, for_dtype, for_runs};
+use super::element::{Element, LANES, for_dtype, for_runs, load};
 #[cfg(target_arch = "x86_64")]
 use super::path::Path;
 use super::path::multiversion;
+#[cfg(target_arch = "x86_64")]
+use super::{avx512_code256, avx512_planes};
 use super::{pages, pool};
 use crate::blockwise::Blocks;
 #[cfg(target_arch = "x86_64")]
@@ -144,22 +148,35 @@ multiversion! {
         => blocks_4bit
 }
 
+/// The signed dynamic map.
+pub(super) static DYNAMIC: LazyLock<Code256> = LazyLock::new(|| Code256::new(&dynamic_map(true)));
+/// The unsigned dynamic map.
+pub(super) static DYNAMIC_UNSIGNED: LazyLock<Code256> = LazyLock::new(|| Code256::new(&dynamic_map(false)));
+
 /// How the rank of `t` in a 256-entry code is found.
 enum Finder {
     Table(BucketTable),
     Search(Box<[f32; 256]>),
 }
 
-struct Code256 {
+/// A 256-entry code, ready to encode.
+pub(super) struct Code256 {
     finder: Finder,
     code_of_rank: [u8; 256],
     sorted: bool,
+    #[cfg(target_arch = "x86_64")]
+    decades: Option<Decades>,
+    /// The thresholds of the decades.
+    #[cfg(target_arch = "x86_64")]
+    planes: Option<Box<avx512_planes::Planes>>,
 }
 
 impl Code256 {
     fn new(values: &[f32; 256]) -> Self {
         let ranks = Ranks::new(values);
-        let finder = match BucketTable::new(&ranks, 8, 6) {
+        // The unsigned dynamic map has steps twice as fine as the signed one.
+        let table = BucketTable::new(&ranks, 8, 6).or_else(|| BucketTable::new(&ranks, 8, 7));
+        let finder = match table {
             Some(table) => Finder::Table(table),
             None => {
                 let mut thresholds = Box::new([f32::INFINITY; 256]);
@@ -167,9 +184,38 @@ impl Code256 {
                 Finder::Search(thresholds)
             }
         };
+        #[cfg(target_arch = "x86_64")]
+        let decades = Path::chosen().is_avx512().then(|| Decades::new(values, &ranks)).flatten();
         let mut code_of_rank = [0; 256];
         code_of_rank.copy_from_slice(&ranks.codes);
-        Self { finder, code_of_rank, sorted: ranks.codes.is_sorted() }
+        Self {
+            finder,
+            code_of_rank,
+            sorted: ranks.codes.is_sorted(),
+            #[cfg(target_arch = "x86_64")]
+            planes: decades.as_ref().and_then(|decades| avx512_planes::Planes::new(&decades.thresholds)),
+            #[cfg(target_arch = "x86_64")]
+            decades,
+        }
+    }
+
+    /// Quantizes a block of ordinary numbers with AVX-512, where that is the path in use.
+    ///
+    /// # Safety
+    /// `x` holds `count` elements, `codes` has room for `count` bytes.
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    unsafe fn whole_block<T: Wide>(&self, x: *const T, count: usize, codes: *mut u8) -> Option<f32> {
+        let decades = self.decades.as_ref().filter(|_| count.is_multiple_of(16))?;
+        // SAFETY: decades are made only where the processor has AVX-512, planes where it has VBMI; the rest is the caller's promise.
+        unsafe {
+            match &self.planes {
+                Some(planes) if count.is_multiple_of(64) => {
+                    avx512_planes::quantize_8bit(x, count, decades, planes, codes)
+                }
+                _ => avx512_code256::quantize_8bit(x, count, decades, codes),
+            }
+        }
     }
 
     #[inline(always)]
@@ -199,7 +245,7 @@ impl Code256 {
 const LONG_RUN: usize = 256;
 
 #[inline(always)]
-unsafe fn blocks_8bit<T: Element>(
+unsafe fn blocks_8bit<T: Wide>(
     x: *const T,
     n: usize,
     blocksize: usize,
@@ -212,6 +258,11 @@ unsafe fn blocks_8bit<T: Element>(
         // SAFETY: the block lies within the caller's `n` elements and bytes, its scale within the blocks.
         unsafe {
             let (x, codes) = (x.add(start), codes.add(start));
+            #[cfg(target_arch = "x86_64")]
+            if let Some(scale) = table.whole_block(x, count, codes) {
+                absmax.add(block).write_unaligned(scale);
+                continue;
+            }
             let scale = block_absmax(x, count);
             absmax.add(block).write_unaligned(scale);
             if count.is_multiple_of(LONG_RUN) {
@@ -231,27 +282,33 @@ unsafe fn encode_8bit<T: Element, const N: usize>(
     table: &Code256,
     codes: *mut u8,
 ) {
+    let whole = count / N * N;
     // SAFETY: the caller holds `count` elements at `x` and room for as many bytes at `codes`.
     unsafe {
-        for_runs::<T, N>(
-            x,
-            count,
-            |i, values| codes.add(i).cast::<[u8; N]>().write_unaligned(table.codes(quotients(values, scale))),
-            |i, values, length| {
-                let bytes = table.codes(quotients(values, scale));
-                std::ptr::copy_nonoverlapping(bytes.as_ptr(), codes.add(i), length);
-            },
-        );
+        // No closure: one as long as this may be left out of line, where it is compiled for every processor.
+        for i in (0..whole).step_by(N) {
+            let values: [f32; N] = load(x.add(i));
+            codes.add(i).cast::<[u8; N]>().write_unaligned(table.codes(quotients(values, scale)));
+        }
+        let rest = |i: usize, values: [f32; N], length: usize| {
+            let bytes = table.codes(quotients(values, scale));
+            std::ptr::copy_nonoverlapping(bytes.as_ptr(), codes.add(whole + i), length);
+        };
+        for_runs::<T, N>(x.add(whole), count - whole, |_, _| (), rest);
     }
 }
 
 multiversion! {
-    unsafe fn run_8bit[T: Element][T](x: *const T, n: usize, blocksize: usize, table: &Code256, codes: *mut u8, absmax: *mut f32)
+    /// Quantizes `n` elements: a block's maximum to `absmax`, then its codes.
+    ///
+    /// # Safety
+    /// `x` holds `n` elements, `codes` has room for `n` bytes and `absmax` for one float32 a block.
+    pub(super) unsafe fn run_8bit[T: Wide][T](x: *const T, n: usize, blocksize: usize, table: &Code256, codes: *mut u8, absmax: *mut f32)
         => blocks_8bit
 }
 
 /// Splits blocks over threads: `work(x, n, codes, absmax)` gets a run of whole blocks.
-unsafe fn over_blocks<T: Element>(
+unsafe fn over_blocks<T: Wide>(
     blocks: Blocks,
     x: u64,
     codes: u64,
@@ -299,7 +356,6 @@ pub(crate) unsafe fn quantize_8bit(
     absmax: u64,
     threads: usize,
 ) -> Result<()> {
-    static DYNAMIC: LazyLock<Code256> = LazyLock::new(|| Code256::new(&dynamic_map(true)));
     let own = values.map(Code256::new);
     let table = own.as_ref().unwrap_or(&DYNAMIC);
     // SAFETY: the caller's promise; `T` is the dtype's type, parts are runs of whole blocks and do not overlap.
