@@ -14,10 +14,10 @@ import torch
 import oracle_optim as oracle
 from arrays import as_numpy, dtype_name
 from fewbits import _native
+from optim_cases import CASES, PAIRS, VARIANTS
 from optim_launch import Launch, Piece, make_piece
 from oracle_optim import BIAS_CORRECTION, DECOUPLED, FAMILIES, Group
 from strategies import ORDINARY
-from test_optim_native import CASES, PAIRS, VARIANTS
 
 pytestmark = pytest.mark.cuda
 
