@@ -33,7 +33,7 @@ type Result<T> = std::result::Result<T, Box<dyn Error>>;
 const TARGETS: [&str; 9] =
     ["compute_70", "compute_80", "sm_75", "sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120"];
 /// One kernel file each, and what it is compiled for.
-const FAMILIES: [(&str, &[&str]); 9] = [
+const FAMILIES: [(&str, &[&str]); 12] = [
     ("quantize", &TARGETS),
     ("dequantize", &TARGETS),
     ("double_quant", &TARGETS),
@@ -43,6 +43,9 @@ const FAMILIES: [(&str, &[&str]); 9] = [
     ("matmul4_skinny", &HOPPER),
     ("matmul4_mid", &HOPPER),
     ("matmul4_wgmma", &HOPPER),
+    ("optim8", &TARGETS),
+    ("optim32", &TARGETS),
+    ("optim_norm", &TARGETS),
 ];
 /// What needs asynchronous copies and tensor cores for bfloat16.
 const SINCE_AMPERE: [&str; 7] = ["compute_80", "sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120"];

@@ -157,7 +157,10 @@ fn label_ptx(ptx: Vec<u8>) -> Result<Vec<u8>> {
     let text = String::from_utf8(ptx)?;
     let start = text.find(".version").ok_or("PTX without a version")?;
     let end = start + text[start..].find('\n').ok_or("PTX without a line end")?;
-    Ok(format!("{}{}{}", &text[..start], PTX_VERSION, &text[end..]).into_bytes())
+    // A hint about loads whose bytes are not all used, which only newer versions know.
+    let hint = |line: &&str| !line.trim_start().starts_with(".pragma \"used_bytes_mask");
+    let body: String = text[end..].split_inclusive('\n').filter(hint).collect();
+    Ok(format!("{}{}{body}", &text[..start], PTX_VERSION).into_bytes())
 }
 
 fn library_path(package: &Path) -> Result<PathBuf> {

@@ -35,13 +35,21 @@ fn table(
 ) -> crate::Result<BucketTable> {
     let table = BucketTable::new(&Ranks::with_signed_zeros(values), rank_bits, mantissa_bits)
         .ok_or_else(|| format!("{name}: two thresholds in one bucket"))?;
-    writeln!(text, "constexpr int {name}_LENGTH = {}, {name}_ORIGIN = {};", table.entries.len(), table.origin)?;
+    // A code without negative values is asked for none.
+    let skipped = if values.iter().any(|&value| value < 0.0) { 0 } else { table.origin as usize };
+    let entries = &table.entries[skipped..];
+    writeln!(
+        text,
+        "constexpr int {name}_LENGTH = {}, {name}_ORIGIN = {};",
+        entries.len(),
+        table.origin as usize - skipped
+    )?;
     writeln!(text, "constexpr float {name}_SCALE = {:e}f;", table.scale)?;
     // Whole 16-byte vectors, so that it can be copied by them.
-    let padded = table.entries.len().next_multiple_of(4);
+    let padded = entries.len().next_multiple_of(4);
     writeln!(text, "constexpr int {name}_PADDED = {padded};")?;
     write!(text, "__device__ const __align__(16) unsigned {name}_ENTRIES[{padded}] = {{")?;
-    for entry in &table.entries {
+    for entry in entries {
         write!(text, "{entry}u,")?;
     }
     writeln!(text, "}};")?;

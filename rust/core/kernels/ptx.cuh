@@ -29,6 +29,13 @@ __device__ __forceinline__ float reciprocal_approx(float x) {
     return r;
 }
 
+// 1 / sqrt(x) to about one unit in the last place; subnormal numbers count as 0.
+__device__ __forceinline__ float root_reciprocal_approx(float x) {
+    float r;
+    asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+    return r;
+}
+
 // Four bytes of (a, b), numbered 0..3 and 4..7, by the nibbles of `selector`; a nibble's bit 3 takes the byte's sign, eight times.
 __device__ __forceinline__ unsigned permute_bytes(unsigned a, unsigned b, unsigned selector) {
     unsigned r;
@@ -63,6 +70,9 @@ __device__ __forceinline__ uint4 load_once(const uint4* address) {
 __device__ __forceinline__ void prefetch(const void* address) {
     asm volatile("prefetch.global.L1 [%0];" ::"l"(address));
 }
+
+// Starts to bring the line at a global address into the L2 cache.
+__device__ __forceinline__ void prefetch_l2(const void* address) { asm volatile("prefetch.global.L2 [%0];" ::"l"(address)); }
 
 // Waits until `threads` threads of the block have come to barrier `id` (0 is __syncthreads').
 __device__ __forceinline__ void barrier(int id, int threads) {

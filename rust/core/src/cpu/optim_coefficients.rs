@@ -15,6 +15,14 @@ pub fn power(mut base: f64, mut exponent: u64) -> f64 {
     result
 }
 
+/// `e^x` for `x <= 0`, to a unit or two in the last place: the same operations on every device (kernels/optim.cuh).
+pub fn exponential(x: f64) -> f64 {
+    let k = (x * std::f64::consts::LOG2_E).round_ties_even().clamp(-1000.0, 1000.0);
+    let r = (x - k * 0.693_147_180_369_123_8) - k * 1.908_214_929_270_587_7e-10;
+    let sum = (1..=14).rev().fold(1.0, |sum, i| 1.0 + sum * r / f64::from(i));
+    sum * f64::from_bits(((1023 + k as i64) as u64) << 52)
+}
+
 /// A group's numbers at one step of one tensor.
 pub struct Moment<'a> {
     pub group: &'a Group,
@@ -56,7 +64,7 @@ impl<'a> Moment<'a> {
             return group.beta3;
         }
         let (fast, slow, part) = (group.beta1.ln(), group.beta3.ln(), self.t as f64 / group.t_beta3);
-        let risen = (fast * slow / ((1.0 - part) * slow + part * fast)).exp();
+        let risen = exponential(fast * slow / ((1.0 - part) * slow + part * fast));
         if risen < group.beta3 { risen } else { group.beta3 }
     }
 

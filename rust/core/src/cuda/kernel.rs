@@ -1,5 +1,6 @@
 //! The kernels: their names, files and sizes.
 
+use super::optim_kernels::OptimKernel;
 use super::product::Product;
 use crate::Dtype;
 use crate::matmul4_instances::SCALES;
@@ -32,12 +33,15 @@ pub enum Kernel {
         /// Whether the scales are.
         nested: bool,
     },
+    /// optim8.cu, optim32.cu, optim_norm.cu
+    Optim(OptimKernel),
 }
 
 impl Kernel {
     /// How many there are.
-    pub const COUNT: usize = Self::MATMUL4 + Product::COUNT * Dtype::ALL.len() * 2;
+    pub const COUNT: usize = Self::OPTIM + OptimKernel::COUNT;
     const MATMUL4: usize = 7 * Dtype::ALL.len() + 1;
+    const OPTIM: usize = Self::MATMUL4 + Product::COUNT * Dtype::ALL.len() * 2;
 
     /// Its place in a device's table.
     pub fn index(self) -> usize {
@@ -54,6 +58,7 @@ impl Kernel {
             Self::Matmul4 { product, dtype, nested } => {
                 Self::MATMUL4 + (product.index() * types + dtype as usize) * 2 + usize::from(nested)
             }
+            Self::Optim(kernel) => Self::OPTIM + kernel.index(),
         }
     }
 
@@ -65,6 +70,7 @@ impl Kernel {
             Self::Panel(_) | Self::PanelNested(_) => "panel",
             Self::QuantizeAbsmax => "double_quant",
             Self::Matmul4 { product, .. } => product.family(),
+            Self::Optim(kernel) => kernel.file(),
         }
     }
 
@@ -82,6 +88,7 @@ impl Kernel {
             Self::Matmul4 { product, dtype, nested } => {
                 format!("matmul4_{}_{}_{}", product.name(), dtype.suffix(), SCALES[usize::from(nested)])
             }
+            Self::Optim(kernel) => kernel.name(),
         }
     }
 
@@ -90,14 +97,16 @@ impl Kernel {
         match self {
             Self::Quantize4(_) | Self::Quantize8(_) | Self::QuantizeAbsmax => 512,
             Self::Matmul4 { product, .. } => product.threads(),
+            Self::Optim(kernel) => kernel.threads(),
             _ => 256,
         }
     }
 
-    /// Bytes of shared memory that a launch asks for.
-    pub fn shared_bytes(self) -> u32 {
+    /// Bytes of shared memory that a launch of a target's image asks for.
+    pub fn shared_bytes(self, target: &str) -> u32 {
         match self {
             Self::Matmul4 { product, .. } => product.shared_bytes(),
+            Self::Optim(kernel) => kernel.shared_bytes(target),
             _ => 0,
         }
     }

@@ -33,7 +33,7 @@ impl Function {
         let name =
             CString::new(kernel.name()).map_err(|error| Error::argument("kernel", error, "a name without NUL"))?;
         let (mut entry, mut handle, mut resident) = (ptr::null_mut(), ptr::null_mut(), 0);
-        let shared = kernel.shared_bytes();
+        let shared = kernel.shared_bytes(target);
         // SAFETY: the library is loaded, the name ends with NUL, the pointers are to locals.
         unsafe {
             check("cuLibraryGetKernel", sys::cuLibraryGetKernel(&mut entry, library.0, name.as_ptr()))?;

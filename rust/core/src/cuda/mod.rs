@@ -11,6 +11,7 @@ mod launch;
 pub(crate) mod matmul4;
 pub(crate) mod matmul4_choice;
 pub(crate) mod optim;
+mod optim_kernels;
 pub(crate) mod panel;
 mod product;
 mod tensor_map;

@@ -1,0 +1,157 @@
+// 8-bit states: 256 codes and one float32 scale a block, decoded and encoded by the warp that updates the block.
+//
+// value = map[code] * scale. The maps stand in shared memory once for each bank (or each quarter of the lanes, where shared
+// memory is small), a row of both maps a code, so that no two lanes meet. A new state's scale is its largest magnitude and its
+// codes are quantize.cu's, one read of the bucket table each.
+#pragma once
+#include "nearest.cuh"
+#include "optim_vectors.cuh"
+
+// Copies of a map. What the launch asks for depends on it (core/src/cuda/kernel.rs).
+#if __CUDA_ARCH__ == 800 || __CUDA_ARCH__ == 900 || __CUDA_ARCH__ == 1000
+constexpr int COPIES = 32;
+#else
+constexpr int COPIES = 8;
+#endif
+
+struct __align__(16) CodeTables {
+    float values[256 * 2 * COPIES];
+    unsigned of_signed[DYNAMIC_PADDED];
+    unsigned of_unsigned[DYNAMIC_UNSIGNED_PADDED];  // from 0 on
+};
+
+// Fills the tables; the caller synchronizes. A thread has one value of one map, which a warp's threads write to different
+// banks.
+template <bool WITH_UNSIGNED>
+__device__ __forceinline__ void load_code_tables(CodeTables& tables) {
+    constexpr int CHUNKS = COPIES / 4;
+    const int code = threadIdx.x % 256, map = threadIdx.x / 256;
+    if (map == 0 || WITH_UNSIGNED) {
+        const float value = map == 0 ? DYNAMIC_VALUES[code] : DYNAMIC_UNSIGNED_VALUES[code];
+        float4* row = reinterpret_cast<float4*>(tables.values + (2 * code + map) * COPIES);
+#pragma unroll
+        for (int i = 0; i < CHUNKS; i++) row[(i + code) % CHUNKS] = make_float4(value, value, value, value);
+    }
+    load_table(tables.of_signed, DYNAMIC_ENTRIES, DYNAMIC_LENGTH);
+    if (WITH_UNSIGNED) load_table(tables.of_unsigned, DYNAMIC_UNSIGNED_ENTRIES, DYNAMIC_UNSIGNED_LENGTH);
+}
+
+// Eight codes as they lie in memory. A block that reaches past the end, or an odd address, is read byte by byte; past the end
+// are codes of 0.
+template <int V>
+__device__ __noinline__ uint2 load_some_codes(const u8* codes, i64 first, i64 n, unsigned zero) {
+    unsigned w[2] = {};
+#pragma unroll 1
+    for (int i = 0; i < RUN; i++) {
+        const i64 at = first + place<V>(i);
+        w[i / 4] |= (at < n ? codes[at] : zero) << (8 * (i % 4));
+    }
+    return make_uint2(w[0], w[1]);
+}
+
+template <int V>
+__device__ __noinline__ void store_some_codes(uint2 packed, u8* codes, i64 first, i64 n) {
+#pragma unroll 1
+    for (int i = 0; i < RUN; i++) {
+        const i64 at = first + place<V>(i);
+        if (at < n) codes[at] = (u8)((i < 4 ? packed.x : packed.y) >> (8 * (i % 4)));
+    }
+}
+
+template <int V>
+__device__ __forceinline__ uint2 load_codes(const u8* codes, unsigned block) {
+    const unsigned lane = threadIdx.x % WARP;
+    if (V == 8) return __ldcs(reinterpret_cast<const uint2*>(codes) + (block * 32 + lane));
+    const unsigned* from = reinterpret_cast<const unsigned*>(codes) + (block * 64 + lane);
+    return make_uint2(__ldcs(from), __ldcs(from + 32));
+}
+
+template <int V>
+__device__ __forceinline__ void store_codes(uint2 packed, u8* codes, unsigned block) {
+    const unsigned lane = threadIdx.x % WARP;
+    if (V == 8) {
+        __stcs(reinterpret_cast<uint2*>(codes) + (block * 32 + lane), packed);
+    } else {
+        unsigned* to = reinterpret_cast<unsigned*>(codes) + (block * 64 + lane);
+        __stcs(to, packed.x);
+        __stcs(to + 32, packed.y);
+    }
+}
+
+template <bool SIGNED>
+__device__ __forceinline__ void decode(const CodeTables& tables, uint2 packed, float scale, Lanes& s) {
+    const char* values = reinterpret_cast<const char*>(tables.values);
+    const unsigned own = threadIdx.x % COPIES * 4;
+#pragma unroll
+    for (int i = 0; i < RUN; i++) {
+        const unsigned word = i < 4 ? packed.x : packed.y;
+        unsigned offset;
+        if (COPIES == 32) {
+            offset = permute_bytes(word, own, 0x5504 | i % 4 << 4);  // code * 256 + own
+        } else {
+            offset = (word >> (8 * (i % 4)) & 255) * (8 * COPIES) + own;
+        }
+        s[i] = __fmul_rn(*reinterpret_cast<const float*>(values + offset + (SIGNED ? 0 : COPIES * 4)), scale);
+    }
+}
+
+// The rank of t >= 0, already scaled, in the word's highest byte.
+__device__ __forceinline__ unsigned nearest_unsigned(const unsigned* entries, float scaled) {
+    const unsigned key = __float_as_uint(scaled);
+    return entries[key >> SHIFT_UNSIGNED] + (key << LIFT_UNSIGNED);
+}
+
+__device__ __forceinline__ unsigned nearest_four_unsigned(const unsigned* entries, float a, float b, float c, float d) {
+    const unsigned ab = __byte_perm(nearest_unsigned(entries, a), nearest_unsigned(entries, b), 0x0073);
+    const unsigned cd = __byte_perm(nearest_unsigned(entries, c), nearest_unsigned(entries, d), 0x0073);
+    return __byte_perm(ab, cd, 0x5410);
+}
+
+// Any numbers: what is not finite is made so, the reciprocal may overflow.
+template <bool SIGNED>
+__device__ __noinline__ uint2 encode_carefully(const CodeTables& tables, const Lanes& s, unsigned& largest) {
+    unsigned m = 0;
+#pragma unroll 1
+    for (int i = 0; i < RUN; i++) m = max(m, magnitude(finite(s[i])));
+    largest = warp_max(m);
+    const Divisor divisor(__uint_as_float(largest));
+    unsigned w[2] = {};
+#pragma unroll 1
+    for (int i = 0; i < RUN; i++) {
+        const float t = divisor.quotient(finite(s[i]));
+        unsigned rank;
+        if (SIGNED) {
+            rank = nearest_8bit(Nearest{tables.of_signed + DYNAMIC_ORIGIN, 0.0f}, __fmul_rn(t, DYNAMIC_SCALE));
+        } else {
+            rank = nearest_unsigned(tables.of_unsigned, __fmul_rn(fmaxf(t, 0.0f), DYNAMIC_UNSIGNED_SCALE));
+        }
+        w[i / 4] |= rank >> 24 << (8 * (i % 4));
+    }
+    return make_uint2(w[0], w[1]);
+}
+
+// Codes of a block. `largest`: the lane's `largest_magnitude` comes in, the bits of the block's scale go out, in every lane.
+// `plain`: states of the unsigned map are known to be not negative.
+template <bool SIGNED>
+__device__ __forceinline__ uint2 encode(const CodeTables& tables, const Lanes& s, unsigned& largest, bool plain) {
+    constexpr float SCALE = SIGNED ? DYNAMIC_SCALE : DYNAMIC_UNSIGNED_SCALE;
+    largest = warp_max(largest);
+    // Up to there the reciprocal takes the scale in exactly.
+    if (!(SIGNED || plain) || !is_plain(largest) || __uint_as_float(largest) >= SCALE * 0x1p126f) {
+        float copy[RUN];
+#pragma unroll
+        for (int i = 0; i < RUN; i++) copy[i] = s[i];
+        unsigned found;
+        const uint2 codes = encode_carefully<SIGNED>(tables, copy, found);
+        largest = found;
+        return codes;
+    }
+    const float inverse = __fmul_rn(reciprocal(__uint_as_float(largest)), SCALE);
+    const auto t = [&](int i) { return __fmul_rn(s[i], inverse); };
+    if (SIGNED) {
+        const Nearest table{tables.of_signed + DYNAMIC_ORIGIN, 0.0f};
+        return make_uint2(nearest_four(table, t(0), t(1), t(2), t(3)), nearest_four(table, t(4), t(5), t(6), t(7)));
+    }
+    return make_uint2(nearest_four_unsigned(tables.of_unsigned, t(0), t(1), t(2), t(3)),
+                      nearest_four_unsigned(tables.of_unsigned, t(4), t(5), t(6), t(7)));
+}
