@@ -2,11 +2,29 @@
 
 `device` is a CUDA ordinal and `queue` the raw handle of a stream of that device, or -1 and the number of CPU threads.
 `dtype`: 0 float32, 1 float16, 2 bfloat16. `quant_type`: 0 nf4, 1 fp4. An address of 0 means "absent".
+
+Tables of the `optim_` functions, which lie on the device:
+
+- `tensors`: int64[count][OPTIM_FIELDS]: addresses of p, state1, state2, state3, absmax1, absmax2; n; address of the
+  int64 step counter; first tile; index into the groups; ordinal of the tensor; offset of this piece within it, a
+  multiple of 256; 1 where the entry advances its counter; three spare. `gradients`: int64[count], their addresses.
+- `tiles`: int32[tile_count], the entry of each tile of OPTIM_TILE elements.
+- `groups` (host): records of sixteen 8-byte words: lr, address of a float32 lr or 0, beta1, beta2, beta3, alpha,
+  t_alpha, t_beta3, eps, weight_decay, dampening, lr_decay, trust (float64 all but the address), then flags: 1 decoupled
+  weight decay, 2 amsgrad, 4 nesterov, 8 centered, 16 bias correction; two spare.
+- `workspace`: OPTIM_WORKSPACE bytes, zeroed once (CUDA). `control`: float32 factor of the gradients, uint32 that is not
+  0 where the step is left out.
+- `partials`: float64, one a tile (`optim_norms` of kind 0) or two (kind 1). `ratios`: float32[count].
 """
 
 from typing import Any, final
 
 __all__ = [
+    "OPTIM_FAMILIES",
+    "OPTIM_FIELDS",
+    "OPTIM_GROUPS",
+    "OPTIM_TILE",
+    "OPTIM_WORKSPACE",
     "Error",
     "Weight4bit",
     "__version__",
@@ -22,6 +40,10 @@ __all__ = [
     "images",
     "matmul_4bit",
     "nested_workspace_size",
+    "optim_control",
+    "optim_norms",
+    "optim_step",
+    "optim_trust",
     "quantize_4bit",
     "quantize_4bit_nested",
     "quantize_blockwise",
@@ -29,6 +51,11 @@ __all__ = [
 
 __version__: str
 built_with_cuda: bool
+OPTIM_FAMILIES: tuple[str, ...]
+OPTIM_FIELDS: int
+OPTIM_GROUPS: int
+OPTIM_TILE: int
+OPTIM_WORKSPACE: int
 
 class Error(RuntimeError): ...
 
@@ -150,6 +177,64 @@ class Weight4bit:
     ) -> Weight4bit: ...
     def matmul(self, x: int, m: int, dtype: int, bias: int, out: int, device: int, queue: int) -> bool: ...
 
+def optim_step(
+    family: int,
+    bits: int,
+    dtype_p: int,
+    dtype_g: int,
+    tensors: int,
+    count: int,
+    gradients: int,
+    tiles: int,
+    tile_count: int,
+    groups: bytes,
+    workspace: int,
+    control: int,
+    ratios: int,
+    seed: int,
+    stochastic: bool,
+    device: int,
+    queue: int,
+) -> None: ...
+def optim_norms(
+    kind: int,
+    family: int,
+    bits: int,
+    dtype_p: int,
+    dtype_g: int,
+    tensors: int,
+    count: int,
+    gradients: int,
+    tiles: int,
+    tile_count: int,
+    groups: bytes,
+    control: int,
+    partials: int,
+    device: int,
+    queue: int,
+) -> None: ...
+def optim_control(
+    partials: int,
+    count: int,
+    max_norm: float,
+    grad_scale: int,
+    found_inf: int,
+    skip_nonfinite: bool,
+    control: int,
+    device: int,
+    queue: int,
+) -> None: ...
+def optim_trust(
+    partials: int,
+    tensors: int,
+    count: int,
+    tile_count: int,
+    family: int,
+    groups: bytes,
+    ratios: int,
+    device: int,
+    queue: int,
+) -> None: ...
 def codebook(name: str) -> list[float]: ...
 def driver_info() -> dict[str, Any]: ...
 def cpu_info() -> dict[str, Any]: ...

@@ -19,8 +19,9 @@ pub fn header() -> crate::Result<String> {
             writeln!(text, "constexpr float {name}_{dtype}_FACTOR = {:e}f;", product_factor(values, mantissa_bits))?;
         }
     }
-    for (bits, table) in [(4, nf4), (8, dynamic)] {
-        writeln!(text, "constexpr int SHIFT_{bits}BIT = {}, LIFT_{bits}BIT = {};", table.shift, table.lift)?;
+    let unsigned = table(&mut text, "DYNAMIC_UNSIGNED", &dynamic_map(false), 8, 7)?;
+    for (name, table) in [("4BIT", nf4), ("8BIT", dynamic), ("UNSIGNED", unsigned)] {
+        writeln!(text, "constexpr int SHIFT_{name} = {}, LIFT_{name} = {};", table.shift, table.lift)?;
     }
     Ok(text)
 }

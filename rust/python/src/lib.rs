@@ -9,6 +9,7 @@ mod blockwise;
 mod error;
 mod info;
 mod matmul4;
+mod optim;
 mod panel;
 mod target;
 
@@ -29,11 +30,14 @@ mod _native {
     #[pymodule_export]
     use super::matmul4::{Weight4bit, matmul_4bit};
     #[pymodule_export]
+    use super::optim::{optim_control, optim_norms, optim_step, optim_trust};
+    #[pymodule_export]
     use super::panel::{dequantize_4bit_panel, dequantize_4bit_rows};
 
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
         module.add("__version__", env!("CARGO_PKG_VERSION"))?;
-        module.add("built_with_cuda", fewbits_core::cuda::is_built())
+        module.add("built_with_cuda", fewbits_core::cuda::is_built())?;
+        super::optim::add_constants(module)
     }
 }

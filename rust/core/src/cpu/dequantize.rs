@@ -20,8 +20,10 @@ use crate::blockwise::{Absmax, Blocks};
 use crate::codebook::dynamic_map;
 use crate::{QuantType, Result};
 
-/// The code that stands for an absent one.
-static DYNAMIC: LazyLock<[f32; 256]> = LazyLock::new(|| dynamic_map(true));
+/// The signed dynamic map, which stands for an absent code.
+pub(super) static DYNAMIC: LazyLock<[f32; 256]> = LazyLock::new(|| dynamic_map(true));
+/// The unsigned dynamic map.
+pub(super) static DYNAMIC_UNSIGNED: LazyLock<[f32; 256]> = LazyLock::new(|| dynamic_map(false));
 
 /// The scale of a block.
 pub(super) enum Scales {
@@ -286,7 +288,11 @@ unsafe fn decode_8bit<T: Element>(codes: *const u8, values: &[f32; 256], scale: 
 }
 
 multiversion! {
-    unsafe fn run_8bit[T: Wide][T](
+    /// Expands `n` codes, whose blocks have their scales at `absmax`.
+    ///
+    /// # Safety
+    /// `codes` holds `n` bytes, `absmax` one float32 a block, `out` has room for `n` elements.
+    pub(super) unsafe fn run_8bit[T: Wide][T](
         codes: *const u8, values: &[f32; 256], absmax: *const f32, out: *mut T, n: usize, blocksize: usize,
     ) => blocks_8bit
 }

@@ -110,9 +110,9 @@ pub fn features() -> Vec<&'static str> {
 ///
 /// Arguments are the body's; generic parameters are written once, in brackets.
 macro_rules! multiversion {
-    ($(#[$attribute:meta])* unsafe fn $name:ident [$($generic:tt)*] [$($parameter:ident),*] ($($argument:ident: $type:ty),* $(,)?) => $body:path) => {
+    ($(#[$attribute:meta])* $visibility:vis unsafe fn $name:ident [$($generic:tt)*] [$($parameter:ident),*] ($($argument:ident: $type:ty),* $(,)?) => $body:path) => {
         $(#[$attribute])*
-        unsafe fn $name<$($generic)*>($($argument: $type),*) {
+        $visibility unsafe fn $name<$($generic)*>($($argument: $type),*) {
             #[cfg(target_arch = "x86_64")]
             {
                 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2")]

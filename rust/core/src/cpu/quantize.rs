@@ -144,13 +144,19 @@ multiversion! {
         => blocks_4bit
 }
 
+/// The signed dynamic map.
+pub(super) static DYNAMIC: LazyLock<Code256> = LazyLock::new(|| Code256::new(&dynamic_map(true)));
+/// The unsigned dynamic map.
+pub(super) static DYNAMIC_UNSIGNED: LazyLock<Code256> = LazyLock::new(|| Code256::new(&dynamic_map(false)));
+
 /// How the rank of `t` in a 256-entry code is found.
 enum Finder {
     Table(BucketTable),
     Search(Box<[f32; 256]>),
 }
 
-struct Code256 {
+/// A 256-entry code, ready to encode.
+pub(super) struct Code256 {
     finder: Finder,
     code_of_rank: [u8; 256],
     sorted: bool,
@@ -159,7 +165,9 @@ struct Code256 {
 impl Code256 {
     fn new(values: &[f32; 256]) -> Self {
         let ranks = Ranks::new(values);
-        let finder = match BucketTable::new(&ranks, 8, 6) {
+        // The unsigned dynamic map has steps twice as fine as the signed one.
+        let table = BucketTable::new(&ranks, 8, 6).or_else(|| BucketTable::new(&ranks, 8, 7));
+        let finder = match table {
             Some(table) => Finder::Table(table),
             None => {
                 let mut thresholds = Box::new([f32::INFINITY; 256]);
@@ -246,7 +254,11 @@ unsafe fn encode_8bit<T: Element, const N: usize>(
 }
 
 multiversion! {
-    unsafe fn run_8bit[T: Element][T](x: *const T, n: usize, blocksize: usize, table: &Code256, codes: *mut u8, absmax: *mut f32)
+    /// Quantizes `n` elements: a block's maximum to `absmax`, then its codes.
+    ///
+    /// # Safety
+    /// `x` holds `n` elements, `codes` has room for `n` bytes and `absmax` for one float32 a block.
+    pub(super) unsafe fn run_8bit[T: Element][T](x: *const T, n: usize, blocksize: usize, table: &Code256, codes: *mut u8, absmax: *mut f32)
         => blocks_8bit
 }
 
@@ -299,7 +311,6 @@ pub(crate) unsafe fn quantize_8bit(
     absmax: u64,
     threads: usize,
 ) -> Result<()> {
-    static DYNAMIC: LazyLock<Code256> = LazyLock::new(|| Code256::new(&dynamic_map(true)));
     let own = values.map(Code256::new);
     let table = own.as_ref().unwrap_or(&DYNAMIC);
     // SAFETY: the caller's promise; `T` is the dtype's type, parts are runs of whole blocks and do not overlap.

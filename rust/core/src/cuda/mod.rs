@@ -10,6 +10,7 @@ mod kernel;
 mod launch;
 pub(crate) mod matmul4;
 pub(crate) mod matmul4_choice;
+pub(crate) mod optim;
 pub(crate) mod panel;
 mod product;
 mod tensor_map;

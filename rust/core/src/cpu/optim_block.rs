@@ -1,0 +1,160 @@
+//! Blocks of optimizer states, parameters and gradients: to float32 side by side, and back.
+
+use super::element::{Bf16, Element, F32, LANES, for_dtype, for_runs};
+use super::optim_table::{Entry, State};
+use super::path::multiversion;
+use super::philox::{Place, halves};
+use super::{dequantize, quantize};
+use crate::Dtype;
+use crate::optim::{BLOCK, Bits};
+
+/// A block as float32: parameter, gradient, states.
+#[repr(C, align(64))]
+pub struct Lanes {
+    pub p: [f32; BLOCK],
+    pub g: [f32; BLOCK],
+    pub s: [[f32; BLOCK]; 3],
+}
+
+impl Lanes {
+    pub fn new() -> Box<Self> {
+        Box::new(Self { p: [0.0; BLOCK], g: [0.0; BLOCK], s: [[0.0; BLOCK]; 3] })
+    }
+}
+
+#[inline(always)]
+unsafe fn widen_block<T: Element>(x: *const T, count: usize, factor: f32, out: &mut [f32; BLOCK]) {
+    let out = out.as_mut_ptr();
+    // SAFETY: the caller holds up to 256 elements at `x`; runs of 32 fill the 256 of `out` at most.
+    unsafe {
+        let put = |i: usize, values: [f32; LANES]| out.add(i).cast::<[f32; LANES]>().write(values.map(|x| x * factor));
+        for_runs(x, count, put, |i, values, _| put(i, values));
+        for i in count.next_multiple_of(LANES)..BLOCK {
+            out.add(i).write(0.0);
+        }
+    }
+}
+
+multiversion! {
+    unsafe fn run_widen[T: Element][T](x: *const T, count: usize, factor: f32, out: &mut [f32; BLOCK]) => widen_block
+}
+
+/// Reads `count` elements, times `factor`; the rest of the block becomes 0.
+///
+/// # Safety
+/// `x` holds `count` elements, at most 256.
+pub unsafe fn load(dtype: Dtype, x: u64, start: usize, count: usize, factor: f32, out: &mut [f32; BLOCK]) {
+    // SAFETY: the caller's promise; `T` is the dtype's type.
+    unsafe { for_dtype!(dtype, T => run_widen((x as *const T).add(start), count, factor, out)) }
+}
+
+#[inline(always)]
+unsafe fn narrow_block<T: Element>(values: &[f32; BLOCK], out: *mut T, count: usize) {
+    // SAFETY: the caller has room for `count` elements; `F32` is the bits of a float32.
+    unsafe {
+        for_runs(
+            values.as_ptr().cast::<F32>(),
+            count,
+            |i, values| out.add(i).cast::<[T; LANES]>().write_unaligned(values.map(T::narrow)),
+            |i, values, length| {
+                for (k, value) in values.iter().enumerate().take(length) {
+                    out.add(i + k).write_unaligned(T::narrow(*value));
+                }
+            },
+        );
+    }
+}
+
+multiversion! {
+    unsafe fn run_narrow[T: Element][T](values: &[f32; BLOCK], out: *mut T, count: usize) => narrow_block
+}
+
+/// Rounds and writes the first `count` values.
+///
+/// # Safety
+/// `out` has room for `start + count` elements; `count` is at most 256.
+pub unsafe fn store(dtype: Dtype, values: &[f32; BLOCK], out: u64, start: usize, count: usize) {
+    // SAFETY: the caller's promise; `T` is the dtype's type.
+    unsafe { for_dtype!(dtype, T => run_narrow(values, (out as *mut T).add(start), count)) }
+}
+
+/// Adds sixteen random bits below a bfloat16's last: the chance of either neighbour is how near it is.
+#[inline(always)]
+fn narrow_stochastic(value: f32, random: u32) -> Bf16 {
+    let up = (value.to_bits().wrapping_add(random) >> 16) as u16;
+    if value.is_finite() { Bf16(up) } else { Bf16::narrow(value) }
+}
+
+#[inline(always)]
+unsafe fn stochastic_block(values: &[f32; BLOCK], out: *mut Bf16, count: usize, place: Place) {
+    let random = halves(place);
+    let mut rounded = [Bf16::default(); BLOCK];
+    for i in 0..BLOCK {
+        rounded[i] = narrow_stochastic(values[i], random[i]);
+    }
+    // SAFETY: the caller has room for `count` elements, at most 256.
+    unsafe {
+        std::ptr::copy_nonoverlapping(rounded.as_ptr().cast::<u8>(), out.cast::<u8>(), count * size_of::<Bf16>())
+    };
+}
+
+multiversion! {
+    /// Rounds stochastically to bfloat16 and writes the first `count` values.
+    ///
+    /// # Safety
+    /// `out` has room for `count` elements, at most 256.
+    pub unsafe fn store_stochastic[][](values: &[f32; BLOCK], out: *mut Bf16, count: usize, place: Place) => stochastic_block
+}
+
+/// Reads the states of `count` elements; past them they are 0, and so are absent ones.
+///
+/// # Safety
+/// The entry's states have `start + count` elements; `start` is a multiple of 256 and `count` at most 256.
+pub unsafe fn load_states(bits: Bits, entry: &Entry, start: usize, count: usize, lanes: &mut Lanes) {
+    for (state, out) in entry.states.iter().zip(&mut lanes.s) {
+        if state.address == 0 {
+            continue;
+        }
+        // SAFETY: the caller's promise.
+        unsafe {
+            match bits {
+                Bits::ThirtyTwo => load(Dtype::F32, state.address, start, count, 1.0, out),
+                Bits::Eight => {
+                    let (codes, absmax) = at_block(state, start);
+                    let values = if state.signed { &dequantize::DYNAMIC } else { &dequantize::DYNAMIC_UNSIGNED };
+                    dequantize::run_8bit(codes, values, absmax, out.as_mut_ptr().cast::<F32>(), count, BLOCK);
+                    out[count..].fill(0.0);
+                }
+            }
+        }
+    }
+}
+
+/// Writes what [`load_states`] read.
+///
+/// # Safety
+/// As of [`load_states`].
+pub unsafe fn store_states(bits: Bits, entry: &Entry, start: usize, count: usize, lanes: &Lanes) {
+    for (state, values) in entry.states.iter().zip(&lanes.s) {
+        if state.address == 0 {
+            continue;
+        }
+        // SAFETY: the caller's promise.
+        unsafe {
+            match bits {
+                Bits::ThirtyTwo => store(Dtype::F32, values, state.address, start, count),
+                Bits::Eight => {
+                    let (codes, absmax) = at_block(state, start);
+                    let code = if state.signed { &quantize::DYNAMIC } else { &quantize::DYNAMIC_UNSIGNED };
+                    quantize::run_8bit(values.as_ptr().cast::<F32>(), count, BLOCK, code, codes, absmax);
+                }
+            }
+        }
+    }
+}
+
+/// Codes and scale of the block that begins at `start`.
+fn at_block(state: &State, start: usize) -> (*mut u8, *mut f32) {
+    let codes = (state.address as *mut u8).wrapping_add(start);
+    (codes, (state.absmax as *mut f32).wrapping_add(start / BLOCK))
+}
