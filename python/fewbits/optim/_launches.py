@@ -168,7 +168,7 @@ class Bundle:
 
     def _tables(self, launch: Launch) -> tuple[int, int, int, int, int]:
         return (
-            self.tensors.data_ptr() + launch.entry * _native.OPTIM_TENSOR_FIELDS * 8,
+            self.tensors.data_ptr() + launch.entry * _native.OPTIM_FIELDS * 8,
             launch.count,
             self.gradients.data_ptr() + launch.entry * 8,
             self.tiles.data_ptr() + launch.tile * 4,

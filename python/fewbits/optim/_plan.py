@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from fewbits.optim.optimizer import Optimizer8bit
 
 TILE: int = _native.OPTIM_TILE
-FIELDS: int = _native.OPTIM_TENSOR_FIELDS
+FIELDS: int = _native.OPTIM_FIELDS
 GROUPS: int = _native.OPTIM_GROUPS
 
 # Called through map: no step of the interpreter a tensor.
@@ -61,7 +61,6 @@ class Plan:
         self.mask = None if len(chosen) == len(everyone) else [i in chosen for i in range(len(everyone))]
         self.types = list(map(type, map(_grad, everyone)))
         self.changes = optimizer.mng.changes
-        self.states = optimizer.state
         self.distributed = any(hasattr(m.p, "_local_tensor") for m in members)
         self.owners = [m.p for m in members]
         params = [local(m.p) for m in members]
@@ -73,6 +72,7 @@ class Plan:
         configs = self._configure(optimizer, members, params)
         # Nothing has changed up to here. Now every state comes to be, or is found wrong.
         prepare_states(optimizer, members, params, configs)
+        self.states = optimizer.state
         self.places = list(map(_address, params))
         states = [optimizer.state[m.p] for m in members]
         self.sentinels = [state.get("state1", state["step"]) for state in states]

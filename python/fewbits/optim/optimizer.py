@@ -481,7 +481,7 @@ class Optimizer8bit(torch.optim.Optimizer):
                 self._said_unpaged = True
                 warnings.warn(
                     f"{type(self).__name__}: parameters on the CPU keep their states there: nothing is paged",
-                    stacklevel=6,
+                    stacklevel=9,  # the caller of step
                 )
             return
         if _is_capturing():
