@@ -143,9 +143,7 @@ def test_against_papers(name: str, device: torch.device) -> None:
     ours = getattr(fewbits.optim, name)(params, **kwargs)
     for t in range(1, STEPS + 1):
         give_gradients(params, t)
-        reference = [
-            rule(p, q.grad.cpu().double(), s, t) for p, q, s in zip(reference, params, states, strict=True)
-        ]
+        reference = [rule(p, q.grad.cpu().double(), s, t) for p, q, s in zip(reference, params, states, strict=True)]
         ours.step()
     assert_close(params, reference)
 
