@@ -72,7 +72,6 @@ class Plan:
         configs = self._configure(optimizer, members, params)
         # Nothing has changed up to here. Now every state comes to be, or is found wrong.
         prepare_states(optimizer, members, params, configs)
-        self.states = optimizer.state
         self.places = list(map(_address, params))
         states = [optimizer.state[m.p] for m in members]
         self.sentinels = [state.get("state1", state["step"]) for state in states]
@@ -84,7 +83,7 @@ class Plan:
 
     def match(self, optimizer: Optimizer8bit) -> tuple[list[int], list[torch.Tensor]] | None:
         """Return the addresses of the gradients and who must outlive the launches, or None if something changed."""
-        if optimizer.mng.changes != self.changes or optimizer.state is not self.states:
+        if optimizer.mng.changes != self.changes or type(optimizer.state) is not _states.States:
             return None
         if list(map(id, chain.from_iterable(map(_params, optimizer.param_groups)))) != self.ids:
             return None
@@ -116,7 +115,8 @@ class Plan:
 
     def refresh(self) -> bool:
         """Take over changed hyperparameters. Return whether that needs another plan."""
-        return any([config.refresh() for config in self.configs])
+        stale = [config for config in self.configs if config.refresh()]  # each takes its turn, whatever the others say
+        return bool(stale)
 
     # ---- making it ----
 
