@@ -83,7 +83,7 @@ class Plan:
 
     def match(self, optimizer: Optimizer8bit) -> tuple[list[int], list[torch.Tensor]] | None:
         """Return the addresses of the gradients and who must outlive the launches, or None if something changed."""
-        if optimizer.mng.changes != self.changes or type(optimizer.state) is not _states.States:
+        if optimizer.mng.changes != self.changes or getattr(optimizer.state, "watch", None) is not optimizer._watch:
             return None
         if list(map(id, chain.from_iterable(map(_params, optimizer.param_groups)))) != self.ids:
             return None
