@@ -54,7 +54,7 @@ WITH_BITS = ("Adam", "AdamW", "Adagrad")  # every class of these takes optim_bit
 @pytest.mark.parametrize("name", ALL)
 def test_signatures(name: str) -> None:
     expected = dict(SIGNATURES[family_of(name)])
-    if name.startswith("Paged") and not name.startswith("PagedAdam") or name.startswith("PagedAdamW"):
+    if (name.startswith("Paged") and not name.startswith("PagedAdam")) or name.startswith("PagedAdamW"):
         expected.pop("is_paged", None)
     if family_of(name) in WITH_BITS or not name.endswith("bit"):
         before = "args" if "args" in expected else "min_8bit_size"

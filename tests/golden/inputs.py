@@ -51,8 +51,8 @@ LINEARS = [
 ]
 
 
-# Optimizers whose checkpoints are kept, with their arguments. Shapes: a state of 8 bits with a ragged last block, one that
-# is too small for 8 bits.
+# Optimizers whose checkpoints are kept, with their arguments. Shapes: a state of 8 bits with a ragged last block, and one
+# that is too small for 8 bits.
 OPTIMIZERS: dict[str, dict[str, object]] = {
     "Adam": {},
     "AdamW8bit": {},

@@ -14,7 +14,7 @@ from fewbits.optim import _states
 from fewbits.optim._families import FAMILIES, check_values, parse_betas
 
 if TYPE_CHECKING:
-    from fewbits.optim.optimizer import Optimizer8bit
+    from fewbits.optim._persistent import Persistent
 
 
 def packed(state: Mapping[Any, Any], trust: bool) -> dict[Any, Any]:
@@ -45,7 +45,7 @@ def packed(state: Mapping[Any, Any], trust: bool) -> dict[Any, Any]:
 
 
 def loaded(
-    optimizer: Optimizer8bit, state_dict: Mapping[str, Any], move_to_device: bool
+    optimizer: Persistent, state_dict: Mapping[str, Any], move_to_device: bool
 ) -> tuple[dict[Any, Any], list[dict[str, Any]]]:
     """Return states and groups as the optimizer holds them, made of copies. Nothing has changed if this raises."""
     for key in ("state", "param_groups"):
@@ -74,7 +74,7 @@ def loaded(
     return states, merged
 
 
-def _merged(optimizer: Optimizer8bit, i: int, group: dict[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
+def _merged(optimizer: Persistent, i: int, group: dict[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
     """Return a group with the saved hyperparameters, and its own where the file has none."""
     result = {**group, **{key: deepcopy(value) for key, value in saved.items() if key != "params"}}
     if isinstance(result.get("betas"), str):
@@ -93,7 +93,7 @@ def _merged(optimizer: Optimizer8bit, i: int, group: dict[str, Any], saved: Mapp
 
 
 def _state(
-    optimizer: Optimizer8bit, where: str, given: Mapping[str, Any], p: Any, group: dict[str, Any], move: bool
+    optimizer: Persistent, where: str, given: Mapping[str, Any], p: Any, group: dict[str, Any], move: bool
 ) -> dict[str, Any]:
     inner = given.get(_states.QUANT_STATE, {})
     if not isinstance(inner, Mapping):

@@ -10,7 +10,7 @@ import torch
 from fewbits.optim._families import FAMILIES, check_values, pack, parse_betas
 
 if TYPE_CHECKING:
-    from fewbits.optim.optimizer import Optimizer8bit
+    from fewbits.optim._base import Optimizer8bit
 
 
 class Config:

@@ -14,8 +14,8 @@ from fewbits.optim import _paging
 from fewbits.optim._families import FAMILIES
 
 if TYPE_CHECKING:
+    from fewbits.optim._base import Optimizer8bit
     from fewbits.optim._config import Config
-    from fewbits.optim.optimizer import Optimizer8bit
 
 _N, _FIRST_TILE = 6, 8  # of `Field` in rust/core/src/optim.rs
 
@@ -74,13 +74,13 @@ class Bundle:
         """Bring the tables to the device."""
         rows = np.array(self.rows, dtype=np.int64)
         counts = -(-rows[:, _N] // _native.OPTIM_TILE)
-        tiles = []
+        tiles: list[np.ndarray[Any, Any]] = []
         for launch in self.launches:
             mine = slice(launch.entry, launch.entry + launch.count)
             rows[mine, _FIRST_TILE] = np.cumsum(counts[mine]) - counts[mine]
-            launch.tile, launch.tile_count = sum(map(len, tiles)), int(counts[mine].sum())
+            launch.tile, launch.tile_count = sum(part.size for part in tiles), int(counts[mine].sum())
             tiles.append(np.repeat(np.arange(launch.count, dtype=np.int32), counts[mine]))
-        self.tile_count = sum(map(len, tiles))
+        self.tile_count = sum(part.size for part in tiles)
         sources = np.array(self.sources, dtype=np.int64)
         self.index, self.offsets = sources[:, 0].copy(), sources[:, 1].copy()
         self.is_plain = bool((self.index == np.arange(len(sources))).all() and not self.offsets.any())

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from itertools import chain, compress
 from operator import itemgetter
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -19,33 +19,21 @@ from fewbits._launch import dense
 from fewbits.optim import _paging, _states
 from fewbits.optim._config import Config
 from fewbits.optim._launches import Bundle, Key, Launch
+from fewbits.optim._paged_states import local
+from fewbits.optim._prepare import Member, check_tensors, prepare_states
 
 if TYPE_CHECKING:
-    from fewbits.optim.optimizer import Optimizer8bit
+    from fewbits.optim._base import Optimizer8bit
 
 TILE: int = _native.OPTIM_TILE
-FIELDS: int = _native.OPTIM_FIELDS
 GROUPS: int = _native.OPTIM_GROUPS
 
 # Called through map: no step of the interpreter a tensor.
-_grad: Callable[[Any], Any] = torch.Tensor.grad.__get__  # type: ignore[attr-defined]
-_dtype: Callable[[Any], Any] = torch.Tensor.dtype.__get__  # type: ignore[attr-defined]
-_address, _numel, _is_contiguous = torch.Tensor.data_ptr, torch.Tensor.numel, torch.Tensor.is_contiguous
+_Tensor: Any = torch.Tensor
+_grad: Callable[[Any], Any] = _Tensor.grad.__get__
+_dtype: Callable[[Any], Any] = _Tensor.dtype.__get__
+_address, _numel, _is_contiguous = _Tensor.data_ptr, _Tensor.numel, _Tensor.is_contiguous
 _params = itemgetter("params")
-
-
-class Member(NamedTuple):
-    """A parameter that takes part, and where it stands."""
-
-    group: int
-    index: int
-    ordinal: int
-    p: torch.Tensor
-
-
-def local(tensor: Any) -> Any:
-    """Return this process's part of a distributed tensor, and any other tensor as it is."""
-    return getattr(tensor, "_local_tensor", tensor)
 
 
 class Plan:
@@ -126,10 +114,10 @@ class Plan:
         overrides, result = optimizer.mng.pid2config, []
         for m, p in zip(members, params, strict=True):
             override = overrides.get(id(m.p))
-            key = (m.group, 0 if override is None else id(m.p), p.device)
+            key = (m.group_index, 0 if override is None else id(m.p), p.device)
             config = found.get(key)
             if config is None:
-                config = found[key] = Config(optimizer, optimizer.param_groups[m.group], override, p.device)
+                config = found[key] = Config(optimizer, optimizer.param_groups[m.group_index], override, p.device)
                 config.refresh()
                 self.configs.append(config)
             result.append(config)
@@ -236,72 +224,3 @@ def _visit(chunk: _paging.Chunk, tensor: torch.Tensor, halves: int, first: int, 
     """Give elements [first, first + count) of a state, or of both halves of it, a place in a chunk; return where."""
     flat = tensor.view(halves, -1)
     return chunk.place([flat[half, first : first + count] for half in range(halves)])[0].data_ptr()
-
-
-def check_tensors(members: list[Member], params: list[torch.Tensor], grads: list[torch.Tensor]) -> None:
-    """Raise unless a step can update these parameters by these gradients."""
-    for m, p, g in zip(members, params, grads, strict=True):
-        where = f"parameter {m.index} of group {m.group}"
-        for what, tensor in ((where, p), (f"gradient of {where}", g)):
-            if tensor.layout is not torch.strided:
-                raise ValueError(
-                    f"{what}: expected a dense tensor, got layout {tensor.layout}; sparse is not supported"
-                )
-            if tensor.dtype not in DTYPES:
-                raise ValueError(f"{what}: expected float32, float16 or bfloat16, got {tensor.dtype}")
-            if not (tensor.is_cpu or tensor.is_cuda) or tensor.is_meta:
-                raise ValueError(f"{what}: expected a tensor on cpu or cuda, got one on {tensor.device}")
-        if g.shape != p.shape or g.device != p.device:
-            raise ValueError(
-                f"gradient of {where}: expected shape {tuple(p.shape)} on {p.device}, "
-                f"got {tuple(g.shape)} on {g.device}"
-            )
-        if torch._debug_has_internal_overlap(p) == 1 and p.numel() > 1:
-            raise ValueError(f"{where}: expected a tensor of distinct elements, got strides {tuple(p.stride())}")
-        if not isinstance(p, torch.nn.Parameter) and type(p) is not torch.Tensor:
-            raise TypeError(f"{where}: expected a plain tensor, got {type(p).__name__}")
-
-
-def prepare_states(
-    optimizer: Optimizer8bit, members: list[Member], params: list[torch.Tensor], configs: list[Config]
-) -> None:
-    """Create states that are missing, bring all to their devices, and check them."""
-    _adopt(optimizer)
-    capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-    family = optimizer.optimizer_name
-    for m, p, config in zip(members, params, configs, strict=True):
-        state = optimizer.state[m.p]
-        if "step" not in state or any(name not in state for name in config.names):
-            if capturing and p.is_cuda:
-                raise RuntimeError(
-                    f"step: expected parameter {m.index} of group {m.group} to have a state before a CUDA graph is "
-                    "captured, got none; run a step before the capture"
-                )
-            optimizer.init_state(optimizer.param_groups[m.group], m.p, m.group, m.index)
-        step = state["step"]
-        if not isinstance(step, torch.Tensor) or step.dtype != torch.int64 or step.device != p.device or step.dim():
-            state["step"] = torch.full((), int(step), dtype=torch.int64, device=p.device)
-        _states.check(f"state of parameter {m.index} of group {m.group}", state, family, p, config.names)
-        paged = _paging.is_paged_state(optimizer, p)
-        for key in (*_paging.tensors_of(state), *(key for key in _states.MAPS if key in state)):
-            tensor = state[key]
-            if tensor.device != p.device and not (paged and key not in _states.MAPS):
-                state[key] = tensor.to(p.device)
-            if not tensor.is_contiguous():
-                state[key] = state[key].contiguous()
-        if _states.bits_of(state) == 8 and config.names:
-            _check_8bit(optimizer, config)
-    optimizer._settle_pages([(m, p) for m, p in zip(members, params, strict=True)])
-
-
-def _check_8bit(optimizer: Optimizer8bit, config: Config) -> None:
-    from fewbits.optim._families import check_8bit
-
-    check_8bit(optimizer.optimizer_name, config.values)
-
-
-def _adopt(optimizer: Optimizer8bit) -> None:
-    """Make the optimizer's states ones whose changes are noticed, whoever put them there."""
-    state = optimizer.state
-    if type(state) is not _states.States or state.watch is not optimizer._watch:
-        optimizer.state = _states.States(optimizer._watch, state)

@@ -115,7 +115,7 @@ def map_name(name: str) -> str:
 def create(
     state: dict[str, Any], family: str, names: tuple[str, ...], p: torch.Tensor, bits: int, value: float, empty: Any
 ) -> None:
-    """Add the states that are missing. `empty` is called with a shape and a dtype; `value` is what state1 begins with."""
+    """Add the states that are missing. `empty` takes a shape and a dtype; `value` is what state1 begins with."""
     for name in names:
         if name in state:
             continue

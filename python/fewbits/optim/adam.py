@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fewbits.optim.optimizer import Optimizer2State, Options, Params
+from fewbits.optim._options import Options, Params
+from fewbits.optim.optimizer import Optimizer2State
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -101,8 +102,8 @@ class Adam(Optimizer2State):
 class Adam8bit(Optimizer2State):
     """`Adam` with 8-bit states (Dettmers et al. 2022, 8-bit Optimizers via Block-wise Quantization).
 
-    `optim_bits` is here for compatibility: 8, or the default 32, and the states have 8 bits in either case. `amsgrad` must be
-    False.
+    `optim_bits` is here for compatibility: 8, or the default 32, and the states have 8 bits in either case. `amsgrad`
+    must be False.
     """
 
     _decoupled = False
@@ -213,7 +214,7 @@ class PagedAdam(Optimizer2State):
 
 
 class PagedAdam8bit(Optimizer2State):
-    """`Adam` with 8-bit states (Dettmers et al. 2022, 8-bit Optimizers via Block-wise Quantization) that may live in host memory.
+    """`Adam` with 8-bit states that may live in host memory.
 
     `optim_bits` is here for compatibility: 8, or the default 32, and the states have 8 bits in either case.
     `is_paged` is here for compatibility: these are paged in either case. `amsgrad` must be False.

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fewbits.optim.optimizer import Optimizer2State, Options, Params
+from fewbits.optim._options import Options, Params
+from fewbits.optim.optimizer import Optimizer2State
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -98,8 +99,8 @@ class AdamW(Optimizer2State):
 class AdamW8bit(Optimizer2State):
     """`AdamW` with 8-bit states (Dettmers et al. 2022, 8-bit Optimizers via Block-wise Quantization).
 
-    `optim_bits` is here for compatibility: 8, or the default 32, and the states have 8 bits in either case. `amsgrad` must be
-    False.
+    `optim_bits` is here for compatibility: 8, or the default 32, and the states have 8 bits in either case. `amsgrad`
+    must be False.
     """
 
     def __init__(
@@ -201,10 +202,10 @@ class PagedAdamW(Optimizer2State):
 
 
 class PagedAdamW8bit(Optimizer2State):
-    """`AdamW` with 8-bit states (Dettmers et al. 2022, 8-bit Optimizers via Block-wise Quantization) that may live in host memory.
+    """`AdamW` with 8-bit states that may live in host memory.
 
-    `optim_bits` is here for compatibility: 8, or the default 32, and the states have 8 bits in either case. `amsgrad` must be
-    False.
+    `optim_bits` is here for compatibility: 8, or the default 32, and the states have 8 bits in either case. `amsgrad`
+    must be False.
     """
 
     def __init__(

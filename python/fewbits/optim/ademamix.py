@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fewbits.optim.optimizer import Optimizer2State, Options, Params
+from fewbits.optim._options import Options, Params
+from fewbits.optim.optimizer import Optimizer2State
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -25,8 +26,9 @@ class AdEMAMix(Optimizer2State):
         v = beta2 * v + (1 - beta2) * g ** 2
         p = p - lr * (m1 / (1 - beta1 ** t) + alpha * m2) / (sqrt(v / (1 - beta2 ** t)) + eps)
 
-    With `t_alpha`, alpha rises from 0 over so many steps; with `t_beta3`, beta3 rises from beta1 such that its half-life
-    does so linearly. Both are computed where the step runs, from its own counter. The first state holds both averages.
+    With `t_alpha`, alpha rises from 0 over so many steps; with `t_beta3`, beta3 rises from beta1 such that its
+    half-life does so linearly. Both are computed where the step runs, from its own counter. The first state holds both
+    averages.
 
     Parameters
     ----------
@@ -167,7 +169,7 @@ class PagedAdEMAMix(AdEMAMix):
 
 
 class PagedAdEMAMix8bit(AdEMAMix8bit):
-    """`AdEMAMix` with 8-bit states (Dettmers et al. 2022, 8-bit Optimizers via Block-wise Quantization) that may live in host memory."""
+    """`AdEMAMix` with 8-bit states that may live in host memory."""
 
     def __init__(
         self,

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fewbits.optim.optimizer import Optimizer1State, Options, Params
+from fewbits.optim._options import Options, Params
+from fewbits.optim.optimizer import Optimizer1State
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -134,7 +135,7 @@ class PagedLion(Optimizer1State):
 
 
 class PagedLion8bit(Optimizer1State):
-    """`Lion` with 8-bit states (Dettmers et al. 2022, 8-bit Optimizers via Block-wise Quantization) that may live in host memory."""
+    """`Lion` with 8-bit states that may live in host memory."""
 
     def __init__(
         self,

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fewbits.optim.optimizer import Optimizer1State, Options, Params
+from fewbits.optim._options import Options, Params
+from fewbits.optim.optimizer import Optimizer1State
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
