@@ -51,7 +51,7 @@ LINEARS = [
 ]
 
 
-# Optimizers whose checkpoints are kept, with their arguments. Shapes: a state of 8 bits with a ragged last block, and one
+# Optimizers whose checkpoints are kept, with their arguments. Shapes: 8-bit states with a ragged last block, and one
 # that is too small for 8 bits.
 OPTIMIZERS: dict[str, dict[str, object]] = {
     "Adam": {},

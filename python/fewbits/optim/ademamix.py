@@ -66,7 +66,7 @@ class AdEMAMix(Optimizer2State):
     >>> p.grad = torch.tensor([0.5, -0.5])
     >>> AdEMAMix([p], lr=0.1, weight_decay=0.0).step()
     >>> p.tolist()
-    [0.8998999595642090, -0.8998999595642090]
+    [0.8999500274658203, -0.8999500274658203]
     """
 
     def __init__(
