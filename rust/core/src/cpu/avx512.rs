@@ -167,14 +167,13 @@ pub unsafe fn dequantize_block<T: Wide>(
     true
 }
 
-/// Quantizes a block of `count` elements, a multiple of 32. `None`, with nothing written, unless its maximum is finite and normal,
-/// or zero.
+/// The largest magnitude of `count` elements, a multiple of 16, if it is finite and normal, or zero.
 ///
 /// # Safety
-/// AVX-512 is there; `x` holds `count` elements, `codes` has room for `count / 2` bytes.
+/// AVX-512 is there; `x` holds `count` elements.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2")]
-pub unsafe fn quantize_block<T: Wide>(x: *const T, count: usize, table: &LinearBuckets, codes: *mut u8) -> Option<f32> {
+pub unsafe fn block_maximum<T: Wide>(x: *const T, count: usize) -> Option<f32> {
     let magnitude = _mm512_set1_epi32(0x7fff_ffff);
     let mut largest = _mm512_setzero_si512();
     for i in (0..count).step_by(16) {
@@ -184,9 +183,19 @@ pub unsafe fn quantize_block<T: Wide>(x: *const T, count: usize, table: &LinearB
         largest = _mm512_max_epu32(largest, _mm512_and_si512(bits, magnitude));
     }
     let scale = f32::from_bits(_mm512_reduce_max_epu32(largest));
-    if !(scale == 0.0 || scale.is_normal()) {
-        return None;
-    }
+    (scale == 0.0 || scale.is_normal()).then_some(scale)
+}
+
+/// Quantizes a block of `count` elements, a multiple of 32. `None`, with nothing written, unless its maximum is finite and normal,
+/// or zero.
+///
+/// # Safety
+/// AVX-512 is there; `x` holds `count` elements, `codes` has room for `count / 2` bytes.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2")]
+pub unsafe fn quantize_block<T: Wide>(x: *const T, count: usize, table: &LinearBuckets, codes: *mut u8) -> Option<f32> {
+    // SAFETY: the caller's promise.
+    let scale = unsafe { block_maximum(x, count)? };
     let inverse = _mm512_set1_ps(if scale == 0.0 { 0.0 } else { 1.0 / scale });
     // SAFETY: the tables have 32 entries, the caller holds `count` elements and room for `count / 2` bytes.
     unsafe {
@@ -214,59 +223,4 @@ pub unsafe fn quantize_block<T: Wide>(x: *const T, count: usize, table: &LinearB
         }
     }
     Some(scale)
-}
-
-/// A 256-entry table in sixteen registers.
-pub struct Table256([__m512; 16]);
-
-impl Table256 {
-    /// Loads the table.
-    ///
-    /// # Safety
-    /// AVX-512 is there.
-    #[inline]
-    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2")]
-    pub unsafe fn new(values: &[f32; 256]) -> Self {
-        // SAFETY: sixteen values from each multiple of sixteen.
-        Self(std::array::from_fn(|i| unsafe { _mm512_loadu_ps(values.as_ptr().add(16 * i)) }))
-    }
-
-    /// Sixteen values: eight look-ups by an index's low five bits, of which the high three choose one.
-    #[inline]
-    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2")]
-    pub fn look_up(&self, indices: __m512i) -> __m512 {
-        let found = |k: usize| _mm512_permutex2var_ps(self.0[2 * k], indices, self.0[2 * k + 1]);
-        let bit = |b: i32| _mm512_test_epi32_mask(indices, _mm512_set1_epi32(b));
-        let (b32, b64, b128) = (bit(32), bit(64), bit(128));
-        let pair = |k: usize| _mm512_mask_blend_ps(b32, found(k), found(k + 1));
-        let four = |k: usize| _mm512_mask_blend_ps(b64, pair(k), pair(k + 2));
-        _mm512_mask_blend_ps(b128, four(0), four(4))
-    }
-}
-
-/// Dequantizes `count` 8-bit codes of one block, a multiple of 16. `false`, with nothing written, if the scale is not finite.
-///
-/// # Safety
-/// AVX-512 is there; `codes` holds `count` bytes, `out` has room for `count` elements.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2")]
-pub unsafe fn dequantize_8bit<T: Wide>(
-    codes: *const u8,
-    table: &Table256,
-    scale: f32,
-    out: *mut T,
-    count: usize,
-) -> bool {
-    if !scale.is_finite() {
-        return false;
-    }
-    let scale = _mm512_set1_ps(scale);
-    for i in (0..count).step_by(16) {
-        // SAFETY: the caller's promise.
-        unsafe {
-            let indices = _mm512_cvtepu8_epi32(_mm_loadu_si128(codes.add(i).cast()));
-            T::store16(_mm512_mul_ps(table.look_up(indices), scale), out.add(i));
-        }
-    }
-    true
 }

@@ -15,15 +15,40 @@ use super::element::{Element, for_dtype};
 use super::path::Path;
 use super::path::multiversion;
 use super::table_lookup::{Lookup, expand};
+#[cfg(target_arch = "x86_64")]
+use super::{avx512_code256, avx512_planes};
 use super::{code_values, pages, pool};
 use crate::blockwise::{Absmax, Blocks};
 use crate::codebook::dynamic_map;
 use crate::{QuantType, Result};
 
 /// The signed dynamic map, which stands for an absent code.
-pub(super) static DYNAMIC: LazyLock<[f32; 256]> = LazyLock::new(|| dynamic_map(true));
+pub(super) static DYNAMIC: LazyLock<Values> = LazyLock::new(|| Values::new(dynamic_map(true)));
 /// The unsigned dynamic map.
-pub(super) static DYNAMIC_UNSIGNED: LazyLock<[f32; 256]> = LazyLock::new(|| dynamic_map(false));
+pub(super) static DYNAMIC_UNSIGNED: LazyLock<Values> = LazyLock::new(|| Values::new(dynamic_map(false)));
+
+/// A 256-entry code, ready to decode.
+pub(super) struct Values {
+    values: [f32; 256],
+    #[cfg(target_arch = "x86_64")]
+    in_registers: bool,
+    #[cfg(target_arch = "x86_64")]
+    planes: Option<Box<avx512_planes::Planes>>,
+}
+
+impl Values {
+    fn new(values: [f32; 256]) -> Self {
+        #[cfg(target_arch = "x86_64")]
+        let in_registers = Path::chosen().is_avx512() && values.iter().all(|value| value.is_finite());
+        Self {
+            values,
+            #[cfg(target_arch = "x86_64")]
+            planes: in_registers.then(|| avx512_planes::Planes::new(&values)).flatten(),
+            #[cfg(target_arch = "x86_64")]
+            in_registers,
+        }
+    }
+}
 
 /// The scale of a block.
 pub(super) enum Scales {
@@ -43,7 +68,7 @@ impl Scales {
             Absmax::Nested { codes, code, absmax, blocksize, offset } => Self::Nested {
                 codes: codes as *const u8,
                 // SAFETY: the caller promises 256 float32 at `code` and one at `offset`.
-                code: Box::new(unsafe { code_values(code) }.unwrap_or(*DYNAMIC)),
+                code: Box::new(unsafe { code_values(code) }.unwrap_or(DYNAMIC.values)),
                 absmax: absmax as *const f32,
                 log2_blocksize: blocksize.trailing_zeros(),
                 // SAFETY: as above.
@@ -102,7 +127,7 @@ impl Scales {
                 Self::Plain(absmax) => _mm512_maskz_loadu_ps(present, absmax.add(first)),
                 Self::Nested { codes, code, absmax, log2_blocksize, offset } => {
                     let codes = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(present, codes.add(first).cast()));
-                    let values = avx512::Table256::new(code).look_up(codes);
+                    let values = avx512_code256::Table256::new(code).look_up(codes);
                     // A nested block has at least 32 blocks, so sixteen of them lie in two at most.
                     let (nested, last) = (first >> log2_blocksize, (first + count - 1) >> log2_blocksize);
                     let boundary = (last << log2_blocksize).saturating_sub(first);
@@ -238,30 +263,37 @@ const RUN: usize = 256;
 #[inline(always)]
 unsafe fn blocks_8bit<T: Wide>(
     codes: *const u8,
-    values: &[f32; 256],
+    values: &Values,
     absmax: *const f32,
     out: *mut T,
     n: usize,
     blocksize: usize,
 ) {
     #[cfg(target_arch = "x86_64")]
-    let table = (Path::chosen().is_avx512() && values.iter().all(|value| value.is_finite()))
-        // SAFETY: this path is chosen only where the processor has AVX-512.
-        .then(|| unsafe { avx512::Table256::new(values) });
+    // SAFETY: only where the processor has AVX-512.
+    let table = (values.in_registers && (values.planes.is_none() || blocksize < 64))
+        .then(|| unsafe { avx512_code256::Table256::new(&values.values) });
     for (block, start) in (0..n).step_by(blocksize).enumerate() {
         let end = n.min(start + blocksize);
         // SAFETY: the block lies within the caller's `n` codes and elements, its scale within the blocks.
         unsafe {
             let scale = absmax.add(block).read_unaligned();
             #[cfg(target_arch = "x86_64")]
-            if let Some(table) = &table
-                && end - start == blocksize
-                && avx512::dequantize_8bit(codes.add(start), table, scale, out.add(start), blocksize)
-            {
-                continue;
+            if end - start == blocksize {
+                let (codes, out) = (codes.add(start), out.add(start));
+                let done = match (&values.planes, &table) {
+                    (Some(planes), _) if blocksize.is_multiple_of(64) => {
+                        avx512_planes::dequantize_8bit(codes, planes, scale, out, blocksize)
+                    }
+                    (_, Some(table)) => avx512_code256::dequantize_8bit(codes, table, scale, out, blocksize),
+                    _ => false,
+                };
+                if done {
+                    continue;
+                }
             }
             for first in (start..end).step_by(RUN) {
-                decode_8bit(codes.add(first), values, scale, out.add(first), RUN.min(end - first));
+                decode_8bit(codes.add(first), &values.values, scale, out.add(first), RUN.min(end - first));
             }
         }
     }
@@ -293,7 +325,7 @@ multiversion! {
     /// # Safety
     /// `codes` holds `n` bytes, `absmax` one float32 a block, `out` has room for `n` elements.
     pub(super) unsafe fn run_8bit[T: Wide][T](
-        codes: *const u8, values: &[f32; 256], absmax: *const f32, out: *mut T, n: usize, blocksize: usize,
+        codes: *const u8, values: &Values, absmax: *const f32, out: *mut T, n: usize, blocksize: usize,
     ) => blocks_8bit
 }
 
@@ -310,7 +342,7 @@ pub(crate) unsafe fn dequantize_8bit(
     unsafe fn typed<T: Wide>(
         blocks: Blocks,
         codes: u64,
-        values: &[f32; 256],
+        values: &Values,
         absmax: u64,
         out: u64,
         threads: usize,
@@ -326,7 +358,8 @@ pub(crate) unsafe fn dequantize_8bit(
             unsafe { run_8bit(codes, values, absmax, out, end - start, blocksize) };
         })
     }
-    let values = values.unwrap_or(&DYNAMIC);
+    let own = values.map(|values| Values::new(*values));
+    let values = own.as_ref().unwrap_or(&DYNAMIC);
     // SAFETY: the caller's promise; `T` is the dtype's type.
     unsafe { for_dtype!(blocks.dtype, T => typed::<T>(blocks, codes, values, absmax, out, threads)) }
 }

@@ -6,7 +6,13 @@
 
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+#[cfg(target_arch = "x86_64")]
+mod avx512_code256;
+#[cfg(target_arch = "x86_64")]
+mod avx512_planes;
 mod crew;
+#[cfg(target_arch = "x86_64")]
+mod decades;
 pub mod dequantize;
 mod element;
 mod float_mode;

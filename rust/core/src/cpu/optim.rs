@@ -1,7 +1,7 @@
 //! Optimizer steps on this machine's processor: block by block, everything between reading and writing in the nearest cache.
 
 use super::element::Bf16;
-use super::optim_block::{Lanes, load, load_states, store, store_states, store_stochastic};
+use super::optim_block::{Lanes, decode, encode, load, store, store_stochastic};
 use super::optim_coefficients::Moment;
 use super::optim_rules::{Update, with_rule};
 use super::optim_table::{Entry, Table, row};
@@ -70,16 +70,28 @@ unsafe fn update_tile(table: &Table, tile: usize, scale: f32, lanes: &mut Lanes)
         (entry, moment, ratio)
     };
     let (start, end) = entry.range(tile);
+    // Where everything is float32 there is nothing to convert.
+    let plain = step.bits == Bits::ThirtyTwo && step.parameters == Dtype::F32 && step.gradients_dtype == Dtype::F32;
+    let stride = if plain { TILE } else { BLOCK };
     with_rule(step.family, &moment, ratio, |rule| {
-        for block in (start..end).step_by(BLOCK) {
+        for first in (start..end).step_by(stride) {
             // SAFETY: the block lies within the entry.
-            unsafe { update_block(step, &entry, rule, block, BLOCK.min(end - block), scale, lanes) };
+            unsafe { update_block(step, &entry, rule, first, stride.min(end - first), scale, lanes) };
         }
     });
 }
 
+/// The memory of `count` float32.
+///
 /// # Safety
-/// The entry has elements `start..start + count`.
+/// They are there, aligned, and nobody else uses them.
+unsafe fn floats<'a>(address: u64, start: usize, count: usize) -> &'a mut [f32] {
+    // SAFETY: the caller's promise.
+    unsafe { std::slice::from_raw_parts_mut((address as *mut f32).add(start), count) }
+}
+
+/// # Safety
+/// The entry has elements `start..start + count`, a whole block or the last one, or more than that of float32 alone.
 unsafe fn update_block(
     step: &Step,
     entry: &Entry,
@@ -89,19 +101,43 @@ unsafe fn update_block(
     scale: f32,
     lanes: &mut Lanes,
 ) {
+    let Lanes { p, g, s } = lanes;
     // SAFETY: the caller's promise; parameters, gradients and states have the entry's length.
     unsafe {
-        load(step.parameters, entry.p, start, count, 1.0, &mut lanes.p);
-        load(step.gradients_dtype, entry.gradient, start, count, scale, &mut lanes.g);
-        load_states(step.bits, entry, start, count, lanes);
-        rule.apply(lanes);
-        if step.stochastic && step.parameters == Dtype::Bf16 {
-            let element = entry.first.wrapping_add(start as u64);
-            let place = Place { element, t: entry.t as u32, ordinal: entry.ordinal, seed: step.seed };
-            store_stochastic(&lanes.p, (entry.p as *mut Bf16).add(start), count, place);
+        let gradient = match step.gradients_dtype {
+            Dtype::F32 => std::slice::from_raw_parts((entry.gradient as *const f32).add(start), count),
+            dtype => {
+                load(dtype, entry.gradient, start, count, g);
+                &g[..count]
+            }
+        };
+        let mut states = entry.states.iter().zip(s.iter_mut()).map(|(state, lanes)| match step.bits {
+            _ if state.address == 0 => &mut [],
+            Bits::ThirtyTwo => floats(state.address, start, count),
+            Bits::Eight => {
+                decode(state, start, count, lanes);
+                &mut lanes[..count]
+            }
+        });
+        let mut next = || states.next().unwrap_or_default();
+        let states = [next(), next(), next()];
+        if step.parameters == Dtype::F32 {
+            rule.apply(scale, floats(entry.p, start, count), gradient, states);
         } else {
-            store(step.parameters, &lanes.p, entry.p, start, count);
+            load(step.parameters, entry.p, start, count, p);
+            rule.apply(scale, &mut p[..count], gradient, states);
+            if step.stochastic && step.parameters == Dtype::Bf16 {
+                let element = entry.first.wrapping_add(start as u64);
+                let place = Place { element, t: entry.t as u32, ordinal: entry.ordinal, seed: step.seed };
+                store_stochastic(p, (entry.p as *mut Bf16).add(start), count, place);
+            } else {
+                store(step.parameters, p, entry.p, start, count);
+            }
         }
-        store_states(step.bits, entry, start, count, lanes);
+        if step.bits == Bits::Eight {
+            for (state, lanes) in entry.states.iter().zip(s).filter(|(state, _)| state.address != 0) {
+                encode(state, start, count, lanes);
+            }
+        }
     }
 }

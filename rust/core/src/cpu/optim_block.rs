@@ -1,14 +1,14 @@
 //! Blocks of optimizer states, parameters and gradients: to float32 side by side, and back.
 
 use super::element::{Bf16, Element, F32, LANES, for_dtype, for_runs};
-use super::optim_table::{Entry, State};
+use super::optim_table::State;
 use super::path::multiversion;
 use super::philox::{Place, halves};
 use super::{dequantize, quantize};
 use crate::Dtype;
-use crate::optim::{BLOCK, Bits};
+use crate::optim::BLOCK;
 
-/// A block as float32: parameter, gradient, states.
+/// A block as float32: parameter, gradient, states. One a thread, for what does not lie in memory as float32.
 #[repr(C, align(64))]
 pub struct Lanes {
     pub p: [f32; BLOCK],
@@ -23,29 +23,34 @@ impl Lanes {
 }
 
 #[inline(always)]
-unsafe fn widen_block<T: Element>(x: *const T, count: usize, factor: f32, out: &mut [f32; BLOCK]) {
-    let out = out.as_mut_ptr();
-    // SAFETY: the caller holds up to 256 elements at `x`; runs of 32 fill the 256 of `out` at most.
-    unsafe {
-        let put = |i: usize, values: [f32; LANES]| out.add(i).cast::<[f32; LANES]>().write(values.map(|x| x * factor));
-        for_runs(x, count, put, |i, values, _| put(i, values));
-        for i in count.next_multiple_of(LANES)..BLOCK {
-            out.add(i).write(0.0);
-        }
+unsafe fn widen_block<T: Element>(x: *const T, count: usize, out: &mut [f32; BLOCK]) {
+    let mut padded = [T::default(); BLOCK];
+    let whole = if count == BLOCK {
+        x.cast::<[T; BLOCK]>()
+    } else {
+        // SAFETY: `count` of 256 elements; an array of plain bits may be written bytewise.
+        unsafe {
+            std::ptr::copy_nonoverlapping(x.cast::<u8>(), padded.as_mut_ptr().cast::<u8>(), count * size_of::<T>())
+        };
+        &raw const padded
+    };
+    for (i, out) in out.iter_mut().enumerate() {
+        // SAFETY: there are 256 elements, the caller's or the padded copy of them.
+        *out = unsafe { whole.cast::<T>().add(i).read_unaligned() }.widen();
     }
 }
 
 multiversion! {
-    unsafe fn run_widen[T: Element][T](x: *const T, count: usize, factor: f32, out: &mut [f32; BLOCK]) => widen_block
+    unsafe fn run_widen[T: Element][T](x: *const T, count: usize, out: &mut [f32; BLOCK]) => widen_block
 }
 
-/// Reads `count` elements, times `factor`; the rest of the block becomes 0.
+/// Reads `count` elements; the rest of the block becomes 0.
 ///
 /// # Safety
 /// `x` holds `count` elements, at most 256.
-pub unsafe fn load(dtype: Dtype, x: u64, start: usize, count: usize, factor: f32, out: &mut [f32; BLOCK]) {
+pub unsafe fn load(dtype: Dtype, x: u64, start: usize, count: usize, out: &mut [f32; BLOCK]) {
     // SAFETY: the caller's promise; `T` is the dtype's type.
-    unsafe { for_dtype!(dtype, T => run_widen((x as *const T).add(start), count, factor, out)) }
+    unsafe { for_dtype!(dtype, T => run_widen((x as *const T).add(start), count, out)) }
 }
 
 #[inline(always)]
@@ -106,51 +111,27 @@ multiversion! {
     pub unsafe fn store_stochastic[][](values: &[f32; BLOCK], out: *mut Bf16, count: usize, place: Place) => stochastic_block
 }
 
-/// Reads the states of `count` elements; past them they are 0, and so are absent ones.
+/// Decodes `count` elements of an 8-bit state; the rest of the block becomes 0.
 ///
 /// # Safety
-/// The entry's states have `start + count` elements; `start` is a multiple of 256 and `count` at most 256.
-pub unsafe fn load_states(bits: Bits, entry: &Entry, start: usize, count: usize, lanes: &mut Lanes) {
-    for (state, out) in entry.states.iter().zip(&mut lanes.s) {
-        if state.address == 0 {
-            continue;
-        }
-        // SAFETY: the caller's promise.
-        unsafe {
-            match bits {
-                Bits::ThirtyTwo => load(Dtype::F32, state.address, start, count, 1.0, out),
-                Bits::Eight => {
-                    let (codes, absmax) = at_block(state, start);
-                    let values = if state.signed { &dequantize::DYNAMIC } else { &dequantize::DYNAMIC_UNSIGNED };
-                    dequantize::run_8bit(codes, values, absmax, out.as_mut_ptr().cast::<F32>(), count, BLOCK);
-                    out[count..].fill(0.0);
-                }
-            }
-        }
-    }
+/// The state has `start + count` elements; `start` is a multiple of 256 and `count` at most 256.
+pub unsafe fn decode(state: &State, start: usize, count: usize, out: &mut [f32; BLOCK]) {
+    let (codes, absmax) = at_block(state, start);
+    let values = if state.signed { &dequantize::DYNAMIC } else { &dequantize::DYNAMIC_UNSIGNED };
+    // SAFETY: the caller's promise.
+    unsafe { dequantize::run_8bit(codes, values, absmax, out.as_mut_ptr().cast::<F32>(), count, BLOCK) };
+    out[count..].fill(0.0);
 }
 
-/// Writes what [`load_states`] read.
+/// Encodes the first `count` values.
 ///
 /// # Safety
-/// As of [`load_states`].
-pub unsafe fn store_states(bits: Bits, entry: &Entry, start: usize, count: usize, lanes: &Lanes) {
-    for (state, values) in entry.states.iter().zip(&lanes.s) {
-        if state.address == 0 {
-            continue;
-        }
-        // SAFETY: the caller's promise.
-        unsafe {
-            match bits {
-                Bits::ThirtyTwo => store(Dtype::F32, values, state.address, start, count),
-                Bits::Eight => {
-                    let (codes, absmax) = at_block(state, start);
-                    let code = if state.signed { &quantize::DYNAMIC } else { &quantize::DYNAMIC_UNSIGNED };
-                    quantize::run_8bit(values.as_ptr().cast::<F32>(), count, BLOCK, code, codes, absmax);
-                }
-            }
-        }
-    }
+/// As of [`decode`].
+pub unsafe fn encode(state: &State, start: usize, count: usize, values: &[f32; BLOCK]) {
+    let (codes, absmax) = at_block(state, start);
+    let code = if state.signed { &quantize::DYNAMIC } else { &quantize::DYNAMIC_UNSIGNED };
+    // SAFETY: the caller's promise.
+    unsafe { quantize::run_8bit(values.as_ptr().cast::<F32>(), count, BLOCK, code, codes, absmax) };
 }
 
 /// Codes and scale of the block that begins at `start`.

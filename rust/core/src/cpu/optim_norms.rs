@@ -4,13 +4,13 @@
 //! tiles are taken by 1024 lanes, each of every 1024th, which fold by halves.
 
 use super::optim::{bytes_per_element, scale};
-use super::optim_block::{Lanes, load, load_states};
+use super::optim_block::{Lanes, decode, load};
 use super::optim_coefficients::Moment;
-use super::optim_rules::{Update, with_direction};
+use super::optim_rules::direction;
 use super::optim_table::{Entry, Table, row};
 use super::pool;
-use crate::optim::{BLOCK, Control, Family, Field, Norms, Step, TILE, Trust};
-use crate::{Error, Result};
+use crate::optim::{BLOCK, Bits, Control, Family, Field, Norms, Step, TILE, Trust};
+use crate::{Dtype, Error, Result};
 
 /// Adds the upper half of the sums to the lower one until one is left.
 fn fold<const N: usize>(mut sums: [f64; N]) -> f64 {
@@ -86,7 +86,7 @@ unsafe fn gradient_tile(table: &Table, tile: usize, lanes: &mut Lanes) -> f64 {
     for block in (start..end).step_by(BLOCK) {
         let (dtype, count) = (table.step.gradients_dtype, BLOCK.min(end - block));
         // SAFETY: the block lies within the entry.
-        unsafe { load(dtype, entry.gradient, block, count, 1.0, &mut lanes.g) };
+        unsafe { load(dtype, entry.gradient, block, count, &mut lanes.g) };
         sum += block_sum(&lanes.g);
     }
     sum
@@ -101,40 +101,41 @@ unsafe fn trust_tile(table: &Table, tile: usize, scale: f32, lanes: &mut Lanes) 
         let moment = Moment::new(table.group(&entry), entry.t);
         (entry, moment)
     };
-    with_direction(table.step.family, &moment, |rule| {
-        // SAFETY: the caller's promise.
-        unsafe { trust_sums(table.step, &entry, rule, entry.range(tile), scale, lanes) }
-    })
-}
-
-/// # Safety
-/// The entry has elements `start..end`.
-unsafe fn trust_sums(
-    step: &Step,
-    entry: &Entry,
-    rule: &dyn Update,
-    (start, end): (usize, usize),
-    scale: f32,
-    lanes: &mut Lanes,
-) -> (f64, f64) {
+    let (start, end) = entry.range(tile);
     let (mut p, mut u) = (0.0, 0.0);
     for block in (start..end).step_by(BLOCK) {
         let count = BLOCK.min(end - block);
         // SAFETY: the block lies within the entry.
-        unsafe {
-            load(step.parameters, entry.p, block, count, 1.0, &mut lanes.p);
-            load(step.gradients_dtype, entry.gradient, block, count, scale, &mut lanes.g);
-            if step.family == Family::Lamb {
-                load_states(step.bits, entry, block, count, lanes);
-            }
+        unsafe { load_block(table.step, &entry, block, count, lanes) };
+        let Lanes { p: parameter, g, s: [m, v, _] } = lanes;
+        for gradient in g.iter_mut() {
+            *gradient *= scale;
         }
-        rule.apply(lanes);
-        // Past the end 0 / 0 may stand.
-        lanes.g[count..].fill(0.0);
-        p += block_sum(&lanes.p);
-        u += block_sum(&lanes.g);
+        direction(table.step.family, &moment, parameter, &mut g[..count], m, v);
+        p += block_sum(parameter);
+        u += block_sum(g);
     }
     (p, u)
+}
+
+/// Reads what the trust ratio depends on; past the end stands 0.
+///
+/// # Safety
+/// The entry has elements `start..start + count`, a block.
+unsafe fn load_block(step: &Step, entry: &Entry, start: usize, count: usize, lanes: &mut Lanes) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        load(step.parameters, entry.p, start, count, &mut lanes.p);
+        load(step.gradients_dtype, entry.gradient, start, count, &mut lanes.g);
+        if step.family == Family::Lamb {
+            for (state, out) in entry.states.iter().zip(&mut lanes.s).take(2) {
+                match step.bits {
+                    Bits::ThirtyTwo => load(Dtype::F32, state.address, start, count, out),
+                    Bits::Eight => decode(state, start, count, out),
+                }
+            }
+        }
+    }
 }
 
 /// # Safety

@@ -3,10 +3,10 @@
 //! The formulas and the order of their operations are those of `tests/oracle_optim.py`. Choices are fields that do not change within a
 //! tensor, so the compiler takes them out of the loop or makes them selections.
 
-use super::optim_block::Lanes;
+use super::element::{Element, F32};
 use super::optim_coefficients::Moment;
 use super::path::multiversion;
-use crate::optim::{BLOCK, Family, Group};
+use crate::optim::{Family, Group};
 
 /// An element's numbers; a rule changes what it updates.
 #[derive(Clone, Copy)]
@@ -17,57 +17,117 @@ struct Lane {
 }
 
 trait Rule: Copy + Sync {
+    /// Which of the three states it has.
+    const STATES: [bool; 3];
     fn update(&self, lane: Lane) -> Lane;
 }
 
-/// A rule, ready to update blocks.
+/// A rule, ready to update many elements.
 pub trait Update {
-    /// Updates all lanes.
-    fn apply(&self, lanes: &mut Lanes);
+    /// Updates parameters and states in place; gradients are multiplied by `scale` first. States that the rule does not have are not
+    /// looked at.
+    fn apply(&self, scale: f32, p: &mut [f32], g: &[f32], s: [&mut [f32]; 3]);
 }
 
 impl<R: Rule> Update for R {
-    fn apply(&self, lanes: &mut Lanes) {
-        // SAFETY: nothing is asked for.
-        unsafe { run(self, lanes) }
+    fn apply(&self, scale: f32, p: &mut [f32], g: &[f32], [s0, s1, s2]: [&mut [f32]; 3]) {
+        let lengths = [s0.len(), s1.len(), s2.len()];
+        assert!(g.len() >= p.len() && (0..3).all(|k| !R::STATES[k] || lengths[k] >= p.len()));
+        // SAFETY: all are as long as the parameters.
+        unsafe { run(self, scale, p, g, s0, s1, s2) }
     }
 }
 
+/// Every NaN becomes the one that GPUs write.
 #[inline(always)]
-unsafe fn each<R: Rule>(rule: &R, lanes: &mut Lanes) {
-    let rule = *rule;
-    let Lanes { p, g, s: [s0, s1, s2] } = lanes;
-    for i in 0..BLOCK {
-        let lane = rule.update(Lane { p: p[i], g: g[i], s: [s0[i], s1[i], s2[i]] });
-        (p[i], g[i]) = (lane.p, lane.g);
-        [s0[i], s1[i], s2[i]] = lane.s;
+fn plain_nan(x: f32) -> f32 {
+    F32::narrow(x).widen()
+}
+
+/// # Safety
+/// The gradients and the states that the rule has are as long as the parameters.
+#[inline(always)]
+unsafe fn each<R: Rule>(
+    rule: &R,
+    scale: f32,
+    p: &mut [f32],
+    g: &[f32],
+    s0: &mut [f32],
+    s1: &mut [f32],
+    s2: &mut [f32],
+) {
+    let (rule, [has0, has1, has2]) = (*rule, R::STATES);
+    for (i, p) in p.iter_mut().enumerate() {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let s = [
+                if has0 { *s0.get_unchecked(i) } else { 0.0 },
+                if has1 { *s1.get_unchecked(i) } else { 0.0 },
+                if has2 { *s2.get_unchecked(i) } else { 0.0 },
+            ];
+            let lane = rule.update(Lane { p: *p, g: *g.get_unchecked(i) * scale, s });
+            *p = plain_nan(lane.p);
+            if has0 {
+                *s0.get_unchecked_mut(i) = plain_nan(lane.s[0]);
+            }
+            if has1 {
+                *s1.get_unchecked_mut(i) = plain_nan(lane.s[1]);
+            }
+            if has2 {
+                *s2.get_unchecked_mut(i) = plain_nan(lane.s[2]);
+            }
+        }
     }
 }
 
+// Arguments of their own, not fields of one: so the compiler knows that they do not overlap.
 multiversion! {
-    unsafe fn run[R: Rule][R](rule: &R, lanes: &mut Lanes) => each
+    unsafe fn run[R: Rule][R](
+        rule: &R, scale: f32, p: &mut [f32], g: &[f32], s0: &mut [f32], s1: &mut [f32], s2: &mut [f32],
+    ) => each
 }
 
 /// Calls `work` with a family's rule at one step of one tensor.
 pub fn with_rule<T>(family: Family, moment: &Moment, ratio: f32, work: impl FnOnce(&dyn Update) -> T) -> T {
     match family {
-        Family::Adam => work(&Adam::new(moment)),
+        Family::Adam if moment.group.has(Group::AMSGRAD) => work(&Adam::<true>::new(moment)),
+        Family::Adam => work(&Adam::<false>::new(moment)),
         Family::Ademamix => work(&Ademamix::new(moment)),
         Family::Lion => work(&Lion::new(moment)),
-        Family::Sgd => work(&Sgd::new(moment, 1.0)),
-        Family::Lars => work(&Sgd::new(moment, ratio)),
-        Family::Rmsprop => work(&Rmsprop::new(moment)),
+        Family::Sgd | Family::Lars if moment.group.beta1 != 0.0 => work(&Sgd::<true>::new(moment, ratio)),
+        Family::Sgd | Family::Lars => work(&Sgd::<false>::new(moment, ratio)),
+        Family::Rmsprop => match (moment.group.beta2 != 0.0, moment.group.has(Group::CENTERED)) {
+            (false, false) => work(&Rmsprop::<false, false>::new(moment)),
+            (false, true) => work(&Rmsprop::<false, true>::new(moment)),
+            (true, false) => work(&Rmsprop::<true, false>::new(moment)),
+            (true, true) => work(&Rmsprop::<true, true>::new(moment)),
+        },
         Family::Adagrad => work(&Adagrad::new(moment)),
         Family::Lamb => work(&Lamb::new(moment, ratio)),
     }
 }
 
-/// Calls `work` with what leaves a family's update, before its trust ratio, in place of the gradient.
-pub fn with_direction<T>(family: Family, moment: &Moment, work: impl FnOnce(&dyn Update) -> T) -> T {
-    match family {
-        Family::Lamb => work(&LambDirection(Lamb::new(moment, 1.0))),
-        _ => work(&Gradient),
+/// The update before its trust ratio: gradients, already scaled, are replaced by it.
+pub fn direction(family: Family, moment: &Moment, p: &[f32], g: &mut [f32], m: &[f32], v: &[f32]) {
+    if family == Family::Lamb {
+        assert!(p.len() >= g.len() && m.len() >= g.len() && v.len() >= g.len());
+        // SAFETY: all are as long as the gradients.
+        unsafe { run_direction(&Lamb::new(moment, 1.0), p, g, m, v) }
     }
+}
+
+#[inline(always)]
+unsafe fn each_direction(rule: &Lamb, p: &[f32], g: &mut [f32], m: &[f32], v: &[f32]) {
+    let rule = *rule;
+    for (i, g) in g.iter_mut().enumerate() {
+        // SAFETY: the caller's promise.
+        let (p, m, v) = unsafe { (*p.get_unchecked(i), *m.get_unchecked(i), *v.get_unchecked(i)) };
+        *g = rule.direction(Lane { p, g: *g, s: [m, v, 0.0] }).0;
+    }
+}
+
+multiversion! {
+    unsafe fn run_direction[][](rule: &Lamb, p: &[f32], g: &mut [f32], m: &[f32], v: &[f32]) => each_direction
 }
 
 /// Adds weight decay to the gradient.
@@ -98,7 +158,7 @@ fn larger(a: f32, b: f32) -> f32 {
 }
 
 #[derive(Clone, Copy)]
-struct Adam {
+struct Adam<const AMSGRAD: bool> {
     keep: f32,
     added_decay: Option<f32>,
     beta1: f32,
@@ -108,10 +168,9 @@ struct Adam {
     inverse: f32,
     eps: f32,
     step: f32,
-    amsgrad: bool,
 }
 
-impl Adam {
+impl<const AMSGRAD: bool> Adam<AMSGRAD> {
     fn new(moment: &Moment) -> Self {
         let group = moment.group;
         let decoupled = group.has(Group::DECOUPLED);
@@ -125,22 +184,22 @@ impl Adam {
             inverse: (1.0 / moment.gathered(group.beta2).sqrt()) as f32,
             eps: group.eps as f32,
             step: (moment.lr / moment.gathered(group.beta1)) as f32,
-            amsgrad: group.has(Group::AMSGRAD),
         }
     }
 }
 
-impl Rule for Adam {
+impl<const AMSGRAD: bool> Rule for Adam<AMSGRAD> {
+    const STATES: [bool; 3] = [true, true, AMSGRAD];
+
     #[inline(always)]
     fn update(&self, lane: Lane) -> Lane {
         let p = lane.p * self.keep;
         let g = decayed(lane.g, p, self.added_decay);
         let m = average(self.beta1, lane.s[0], self.rest1, g);
         let v = average_square(self.beta2, lane.s[1], self.rest2, g);
-        let largest = if self.amsgrad { larger(lane.s[2], v) } else { v };
+        let largest = if AMSGRAD { larger(lane.s[2], v) } else { v };
         let divisor = largest.sqrt() * self.inverse + self.eps;
-        let kept = if self.amsgrad { largest } else { lane.s[2] };
-        Lane { p: p - self.step * (m / divisor), g: lane.g, s: [m, v, kept] }
+        Lane { p: p - self.step * (m / divisor), g: lane.g, s: [m, v, largest] }
     }
 }
 
@@ -181,6 +240,8 @@ impl Ademamix {
 }
 
 impl Rule for Ademamix {
+    const STATES: [bool; 3] = [true; 3];
+
     #[inline(always)]
     fn update(&self, lane: Lane) -> Lane {
         let p = lane.p * self.keep;
@@ -218,6 +279,8 @@ impl Lion {
 }
 
 impl Rule for Lion {
+    const STATES: [bool; 3] = [true, false, false];
+
     #[inline(always)]
     fn update(&self, lane: Lane) -> Lane {
         let p = lane.p * self.keep;
@@ -232,10 +295,10 @@ impl Rule for Lion {
 
 /// SGD and LARS, of which SGD has no trust ratio.
 #[derive(Clone, Copy)]
-struct Sgd {
+struct Sgd<const MOMENTUM: bool> {
     added_decay: Option<f32>,
     ratio: f32,
-    momentum: Option<f32>,
+    momentum: f32,
     /// What the gradient adds to the momentum after the first step.
     damp: f32,
     first: bool,
@@ -243,13 +306,13 @@ struct Sgd {
     lr: f32,
 }
 
-impl Sgd {
+impl<const MOMENTUM: bool> Sgd<MOMENTUM> {
     fn new(moment: &Moment, ratio: f32) -> Self {
         let group = moment.group;
         Self {
             added_decay: moment.added_decay(),
             ratio,
-            momentum: (group.beta1 != 0.0).then_some(group.beta1 as f32),
+            momentum: group.beta1 as f32,
             damp: (1.0 - group.dampening) as f32,
             first: moment.t == 1,
             nesterov: group.has(Group::NESTEROV),
@@ -258,32 +321,33 @@ impl Sgd {
     }
 }
 
-impl Rule for Sgd {
+impl<const MOMENTUM: bool> Rule for Sgd<MOMENTUM> {
+    const STATES: [bool; 3] = [MOMENTUM, false, false];
+
     #[inline(always)]
     fn update(&self, lane: Lane) -> Lane {
         // A ratio of 1 changes nothing.
         let g = decayed(lane.g, lane.p, self.added_decay) * self.ratio;
-        let Some(momentum) = self.momentum else {
+        if !MOMENTUM {
             return Lane { p: lane.p - self.lr * g, ..lane };
-        };
-        let b = if self.first { g } else { average(momentum, lane.s[0], self.damp, g) };
-        let g = if self.nesterov { g + momentum * b } else { b };
+        }
+        let b = if self.first { g } else { average(self.momentum, lane.s[0], self.damp, g) };
+        let g = if self.nesterov { g + self.momentum * b } else { b };
         Lane { p: lane.p - self.lr * g, g: lane.g, s: [b, lane.s[1], lane.s[2]] }
     }
 }
 
 #[derive(Clone, Copy)]
-struct Rmsprop {
+struct Rmsprop<const MOMENTUM: bool, const CENTERED: bool> {
     added_decay: Option<f32>,
     alpha: f32,
     rest: f32,
     eps: f32,
-    momentum: Option<f32>,
-    centered: bool,
+    momentum: f32,
     lr: f32,
 }
 
-impl Rmsprop {
+impl<const MOMENTUM: bool, const CENTERED: bool> Rmsprop<MOMENTUM, CENTERED> {
     fn new(moment: &Moment) -> Self {
         let group = moment.group;
         Self {
@@ -291,30 +355,25 @@ impl Rmsprop {
             alpha: group.beta1 as f32,
             rest: (1.0 - group.beta1) as f32,
             eps: group.eps as f32,
-            momentum: (group.beta2 != 0.0).then_some(group.beta2 as f32),
-            centered: group.has(Group::CENTERED),
+            momentum: group.beta2 as f32,
             lr: moment.lr as f32,
         }
     }
 }
 
-impl Rule for Rmsprop {
+impl<const MOMENTUM: bool, const CENTERED: bool> Rule for Rmsprop<MOMENTUM, CENTERED> {
+    const STATES: [bool; 3] = [true, MOMENTUM, CENTERED];
+
     #[inline(always)]
     fn update(&self, lane: Lane) -> Lane {
         let [s, b, h] = lane.s;
         let g = decayed(lane.g, lane.p, self.added_decay);
         let s = average_square(self.alpha, s, self.rest, g);
-        let h = if self.centered { h + self.rest * (g - h) } else { h };
-        let variance = if self.centered { s - h * h } else { s };
+        let h = if CENTERED { h + self.rest * (g - h) } else { h };
+        let variance = if CENTERED { s - h * h } else { s };
         let step = g / (variance.sqrt() + self.eps);
-        let (b, step) = match self.momentum {
-            Some(momentum) => {
-                let b = momentum * b + step;
-                (b, b)
-            }
-            None => (b, step),
-        };
-        Lane { p: lane.p - self.lr * step, g: lane.g, s: [s, b, h] }
+        let step = if MOMENTUM { self.momentum * b + step } else { step };
+        Lane { p: lane.p - self.lr * step, g: lane.g, s: [s, step, h] }
     }
 }
 
@@ -333,6 +392,8 @@ impl Adagrad {
 }
 
 impl Rule for Adagrad {
+    const STATES: [bool; 3] = [true, false, false];
+
     #[inline(always)]
     fn update(&self, lane: Lane) -> Lane {
         let g = decayed(lane.g, lane.p, self.added_decay);
@@ -388,31 +449,11 @@ impl Lamb {
 }
 
 impl Rule for Lamb {
+    const STATES: [bool; 3] = [true, true, false];
+
     #[inline(always)]
     fn update(&self, lane: Lane) -> Lane {
         let (r, m, v) = self.direction(lane);
         Lane { p: lane.p - self.step * r, g: lane.g, s: [m, v, lane.s[2]] }
-    }
-}
-
-/// LAMB's update in place of the gradient.
-#[derive(Clone, Copy)]
-struct LambDirection(Lamb);
-
-impl Rule for LambDirection {
-    #[inline(always)]
-    fn update(&self, lane: Lane) -> Lane {
-        Lane { g: self.0.direction(lane).0, ..lane }
-    }
-}
-
-/// LARS's update is the gradient.
-#[derive(Clone, Copy)]
-struct Gradient;
-
-impl Rule for Gradient {
-    #[inline(always)]
-    fn update(&self, lane: Lane) -> Lane {
-        lane
     }
 }

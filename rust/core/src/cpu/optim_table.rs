@@ -112,8 +112,15 @@ impl<'a> Table<'a> {
         if entry.p == 0 || entry.gradient == 0 {
             return fail("p or gradient", "the address of a tensor");
         }
+        let apart = |address: u64, size: usize| !address.is_multiple_of(size as u64);
+        if apart(entry.p, self.step.parameters.size()) || apart(entry.gradient, self.step.gradients_dtype.size()) {
+            return fail("p or gradient", "an address that its elements divide");
+        }
         let wanted = self.wanted(self.group(&entry));
-        let missing = |state: &State| state.address == 0 || self.step.bits == Bits::Eight && state.absmax == 0;
+        let missing = |state: &State| match self.step.bits {
+            Bits::Eight => state.address == 0 || state.absmax == 0,
+            Bits::ThirtyTwo => state.address == 0 || apart(state.address, 4),
+        };
         if reads_states && entry.states.iter().zip(wanted).any(|(state, wanted)| wanted && missing(state)) {
             return fail("state or absmax", "the address of a state of its family");
         }

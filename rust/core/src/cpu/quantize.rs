@@ -4,12 +4,16 @@ use std::sync::LazyLock;
 
 #[cfg(target_arch = "x86_64")]
 use super::avx512::{self, Wide};
+#[cfg(target_arch = "x86_64")]
+use super::decades::Decades;
 #[cfg(not(target_arch = "x86_64"))]
 use super::element::Element as Wide;
 use super::element::{Element, LANES, for_dtype, for_runs};
 #[cfg(target_arch = "x86_64")]
 use super::path::Path;
 use super::path::multiversion;
+#[cfg(target_arch = "x86_64")]
+use super::{avx512_code256, avx512_planes};
 use super::{pages, pool};
 use crate::blockwise::Blocks;
 #[cfg(target_arch = "x86_64")]
@@ -160,6 +164,11 @@ pub(super) struct Code256 {
     finder: Finder,
     code_of_rank: [u8; 256],
     sorted: bool,
+    #[cfg(target_arch = "x86_64")]
+    decades: Option<Decades>,
+    /// The thresholds of the decades.
+    #[cfg(target_arch = "x86_64")]
+    planes: Option<Box<avx512_planes::Planes>>,
 }
 
 impl Code256 {
@@ -175,9 +184,38 @@ impl Code256 {
                 Finder::Search(thresholds)
             }
         };
+        #[cfg(target_arch = "x86_64")]
+        let decades = Path::chosen().is_avx512().then(|| Decades::new(values, &ranks)).flatten();
         let mut code_of_rank = [0; 256];
         code_of_rank.copy_from_slice(&ranks.codes);
-        Self { finder, code_of_rank, sorted: ranks.codes.is_sorted() }
+        Self {
+            finder,
+            code_of_rank,
+            sorted: ranks.codes.is_sorted(),
+            #[cfg(target_arch = "x86_64")]
+            planes: decades.as_ref().and_then(|decades| avx512_planes::Planes::new(&decades.thresholds)),
+            #[cfg(target_arch = "x86_64")]
+            decades,
+        }
+    }
+
+    /// Quantizes a block of ordinary numbers with AVX-512, where that is the path in use.
+    ///
+    /// # Safety
+    /// `x` holds `count` elements, `codes` has room for `count` bytes.
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    unsafe fn whole_block<T: Wide>(&self, x: *const T, count: usize, codes: *mut u8) -> Option<f32> {
+        let decades = self.decades.as_ref().filter(|_| count.is_multiple_of(16))?;
+        // SAFETY: decades are made only where the processor has AVX-512, planes where it has VBMI; the rest is the caller's promise.
+        unsafe {
+            match &self.planes {
+                Some(planes) if count.is_multiple_of(64) => {
+                    avx512_planes::quantize_8bit(x, count, decades, planes, codes)
+                }
+                _ => avx512_code256::quantize_8bit(x, count, decades, codes),
+            }
+        }
     }
 
     #[inline(always)]
@@ -207,7 +245,7 @@ impl Code256 {
 const LONG_RUN: usize = 256;
 
 #[inline(always)]
-unsafe fn blocks_8bit<T: Element>(
+unsafe fn blocks_8bit<T: Wide>(
     x: *const T,
     n: usize,
     blocksize: usize,
@@ -220,6 +258,11 @@ unsafe fn blocks_8bit<T: Element>(
         // SAFETY: the block lies within the caller's `n` elements and bytes, its scale within the blocks.
         unsafe {
             let (x, codes) = (x.add(start), codes.add(start));
+            #[cfg(target_arch = "x86_64")]
+            if let Some(scale) = table.whole_block(x, count, codes) {
+                absmax.add(block).write_unaligned(scale);
+                continue;
+            }
             let scale = block_absmax(x, count);
             absmax.add(block).write_unaligned(scale);
             if count.is_multiple_of(LONG_RUN) {
@@ -258,12 +301,12 @@ multiversion! {
     ///
     /// # Safety
     /// `x` holds `n` elements, `codes` has room for `n` bytes and `absmax` for one float32 a block.
-    pub(super) unsafe fn run_8bit[T: Element][T](x: *const T, n: usize, blocksize: usize, table: &Code256, codes: *mut u8, absmax: *mut f32)
+    pub(super) unsafe fn run_8bit[T: Wide][T](x: *const T, n: usize, blocksize: usize, table: &Code256, codes: *mut u8, absmax: *mut f32)
         => blocks_8bit
 }
 
 /// Splits blocks over threads: `work(x, n, codes, absmax)` gets a run of whole blocks.
-unsafe fn over_blocks<T: Element>(
+unsafe fn over_blocks<T: Wide>(
     blocks: Blocks,
     x: u64,
     codes: u64,
