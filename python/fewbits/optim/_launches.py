@@ -184,7 +184,7 @@ class Bundle:
             chunk = launch.chunk
             if chunk is not None:
                 if chunk.pager not in pagers:
-                    chunk.pager.begin()
+                    chunk.pager.begin(capturing)
                     pagers.append(chunk.pager)
                 chunk.pager.fetch(chunk.slot, chunk.copies)
             groups, ratios = launch.groups(), 0

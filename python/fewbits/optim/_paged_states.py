@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from fewbits.optim import _paging, _states
-
-if TYPE_CHECKING:
-    from fewbits.optim._prepare import Member
 
 _BYTES_EACH = 12  # of a paged state at most, an element
 
@@ -42,7 +39,8 @@ class PagedStates(torch.optim.Optimizer):
             room = self._room(p.device)
             room.changed(room.resident)
             room.resident += _BYTES_EACH * p.numel()
-            if self.page_budget is not None or room.bytes() < room.resident:
+            allowed = room.bytes() if self.page_budget is None else self.page_budget
+            if allowed != 1.0 and allowed < room.resident:
                 return lambda shape, dtype: _paging.pinned_empty(shape, dtype, p.device)
         return lambda shape, dtype: torch.empty(shape, dtype=dtype, device=p.device)
 
@@ -61,33 +59,40 @@ class PagedStates(torch.optim.Optimizer):
             return self._room(device).bytes()
         return int(self.page_budget * total) if isinstance(self.page_budget, float) else self.page_budget
 
-    def _settle_pages(self, owners: list[tuple[Member, torch.Tensor]]) -> None:
+    def _paged_states(self, device: torch.device) -> list[tuple[dict[str, Any], torch.Tensor]]:
+        """Return the states on a device, or away from it, that can be paged, in the order of their parameters."""
+        params = (p for group in self.param_groups for p in group["params"])
+        owners = ((self.state[p], local(p)) for p in params if p.device == device and p in self.state)
+        return [(state, p) for state, p in owners if self._is_paged_state(p) and _paging.tensors_of(state)]
+
+    def _settle_pages(self, params: list[torch.Tensor]) -> None:
         """Decide which paged states stay on the GPU, and bring each where it belongs."""
         if not self.is_paged:
             return
-        if any(p.device.type == "cpu" for _, p in owners):
-            if not self.__dict__.get("_said_unpaged"):
-                self._said_unpaged = True
-                warnings.warn(
-                    f"{type(self).__name__}: parameters on the CPU keep their states there: nothing is paged",
-                    stacklevel=9,  # the caller of step
-                )
-            return
+        if any(p.device.type == "cpu" for p in params) and not self.__dict__.get("_said_unpaged"):
+            self._said_unpaged = True
+            warnings.warn(
+                f"{type(self).__name__}: parameters on the CPU keep their states there: nothing is paged",
+                stacklevel=9,  # the caller of step
+            )
         if is_capturing():
             return
-        for device in {p.device for _, p in owners}:
-            mine = [(self.state[m.p], p) for m, p in owners if p.device == device and self._is_paged_state(p)]
-            sizes = [sum(t.nbytes for t in _paging.tensors_of(state).values()) for state, _ in mine]
-            resident = sum(size for size, (state, _) in zip(sizes, mine, strict=True) if not _paging.is_evicted(state))
+        for device in {p.device for p in params if p.is_cuda}:
+            states = self._paged_states(device)
+            sizes = [_paging.size_of(state) for state, _ in states]
+            resident = sum(_paging.size_of(state) for state, p in states if not _paging.is_evicted(state, p))
             room = self._room(device)
             room.changed(resident)
-            chosen = _paging.choose(sizes, lambda total, device=device: self._budget(device, total))  # type: ignore[misc]
-            if not all(chosen) or resident < sum(sizes):
+            chosen = _paging.choose(sizes, self._budget(device, sum(sizes)))
+            moves = [
+                (state, p, stays)
+                for (state, p), stays in zip(states, chosen, strict=True)
+                if not _paging.is_settled(state, p, stays)
+            ]
+            if moves:
                 self._synchronize_pages()
-            for keep in (False, True):  # those that leave make room
-                for (state, p), stays in zip(mine, chosen, strict=True):
-                    if stays is keep:
-                        _paging.move(state, p, resident=stays)
+            for state, p, stays in sorted(moves, key=lambda move: move[2]):  # those that leave make room
+                _paging.move(state, p, resident=stays)
             room.resident = sum(size for size, stays in zip(sizes, chosen, strict=True) if stays)
 
     def _pages_want_to_move(self) -> bool:
@@ -98,17 +103,9 @@ class PagedStates(torch.optim.Optimizer):
         for device, room in self._rooms.items():
             if not room.changed(room.resident):
                 continue
-            states = [
-                self.state[p]
-                for group in self.param_groups
-                for p in group["params"]
-                if p.device == device and p in self.state and self._is_paged_state(local(p))
-            ]
-            if not states:
-                continue
-            sizes = [sum(t.nbytes for t in _paging.tensors_of(state).values()) for state in states]
-            away = [size for size, state in zip(sizes, states, strict=True) if _paging.is_evicted(state)]
-            resident = sum(sizes) - sum(away)
+            states = self._paged_states(device)
+            away = [_paging.size_of(state) for state, p in states if _paging.is_evicted(state, p)]
+            resident = sum(_paging.size_of(state) for state, _ in states) - sum(away)
             allowed = room.bytes()
             answer |= resident > allowed or bool(away and resident + min(away) + _paging.MIN_MARGIN < allowed)
         return answer

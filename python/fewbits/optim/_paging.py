@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
 from math import prod
 from typing import Any, NamedTuple
 
@@ -56,10 +55,15 @@ class Pager:
             buffer.record_stream(self.arriving)
             buffer.record_stream(self.leaving)
         self.empty: list[torch.cuda.Event | None] = [None] * SLOTS
+        self.captured = False
 
-    def begin(self) -> None:
+    def begin(self, capturing: bool) -> None:
         """Order this step behind the last one, whose chunks may still be on their way home."""
-        self.arriving.wait_stream(self.leaving)
+        if capturing:
+            self.captured = True
+            self.empty = [None] * SLOTS  # a graph cannot wait for what it did not capture
+        else:
+            self.arriving.wait_stream(self.leaving)
         self.arriving.wait_stream(torch.cuda.current_stream(self.device))
 
     def fetch(self, slot: int, copies: list[Copy]) -> None:
@@ -83,9 +87,10 @@ class Pager:
         self.empty[slot] = free
 
     def end(self, capturing: bool) -> None:
-        """Join the side streams where a graph is captured, which needs all its branches to end in one."""
-        if capturing:
+        """Join the side streams where there are graphs: theirs end in one, and know nothing of what came before."""
+        if self.captured:
             torch.cuda.current_stream(self.device).wait_stream(self.leaving)
+        if capturing:
             self.empty = [None] * SLOTS
 
 
@@ -96,10 +101,10 @@ class Chunk:
         self.pager, self.slot, self.used = pager, slot, 0
         self.copies: list[Copy] = []
 
-    def room(self, bytes_each: int, tile: int) -> int:
-        """Return how many elements more fit, a multiple of `tile`."""
+    def room(self, tile_bytes: int) -> int:
+        """Return how many tiles more fit, if each has so many bytes of states."""
         # What lies before each part of a piece is rounded up to 256 bytes.
-        return max(0, (CHUNK - self.used - 8 * 256) // bytes_each // tile * tile)
+        return max(0, (CHUNK - self.used - 8 * 256) // tile_bytes)
 
     def place(self, parts: list[torch.Tensor]) -> list[torch.Tensor]:
         """Return where the parts of a piece (contiguous pieces of host memory, one behind another) will be."""
@@ -157,15 +162,23 @@ def tensors_of(state: dict[str, Any]) -> dict[str, torch.Tensor]:
     return {key: state[key] for key in ("state1", "state2", "absmax1", "absmax2", "state3") if key in state}
 
 
-def is_evicted(state: dict[str, Any]) -> bool:
-    return any(tensor.device.type == "cpu" for tensor in tensors_of(state).values())
+def is_evicted(state: dict[str, Any], p: torch.Tensor) -> bool:
+    return p.is_cuda and any(tensor.device.type == "cpu" for tensor in tensors_of(state).values())
+
+
+def is_settled(state: dict[str, Any], p: torch.Tensor, resident: bool) -> bool:
+    """Return whether the states of a parameter are where they belong, in page-locked memory if that is it."""
+    tensors = tensors_of(state).values()
+    return all(tensor.device == p.device if resident else tensor.is_pinned() for tensor in tensors)
+
+
+def size_of(state: dict[str, Any]) -> int:
+    return sum(tensor.nbytes for tensor in tensors_of(state).values())
 
 
 def move(state: dict[str, Any], p: torch.Tensor, resident: bool) -> None:
     """Bring the states of a parameter to the GPU, or to page-locked memory."""
     for key, tensor in tensors_of(state).items():
-        if tensor.is_cuda == resident and (resident or tensor.is_pinned()):
-            continue
         shape = tuple(tensor.shape)
         if resident:
             target = torch.empty(shape, dtype=tensor.dtype, device=p.device)
@@ -174,11 +187,10 @@ def move(state: dict[str, Any], p: torch.Tensor, resident: bool) -> None:
         state[key] = target.copy_(tensor, non_blocking=True)
 
 
-def choose(sizes: list[int], budget: Callable[[int], int]) -> list[bool]:
-    """Return which states stay on the GPU: the first ones that fit into ``budget(bytes of all)``."""
-    left = budget(sum(sizes))
+def choose(sizes: list[int], budget: int) -> list[bool]:
+    """Return which states stay on the GPU: the first ones that fit into so many bytes."""
     chosen = []
     for size in sizes:
-        chosen.append(size <= left)
-        left -= size if chosen[-1] else 0
+        chosen.append(size <= budget)
+        budget -= size if chosen[-1] else 0
     return chosen

@@ -135,7 +135,7 @@ class Plan:
         numbers = self._number(configs)
         homes: dict[torch.device, dict[Key, list[int]]] = {}
         for i, (p, g, state) in enumerate(zip(params, grads, states, strict=True)):
-            evicted = optimizer.is_paged and _paging.is_evicted(state) and p.is_cuda
+            evicted = optimizer.is_paged and _paging.is_evicted(state, p)
             key = Key(_states.bits_of(state), DTYPES[p.dtype], DTYPES[g.dtype], numbers[i] // GROUPS, evicted)
             homes.setdefault(p.device, {}).setdefault(key, []).append(i)
         for device, keys in homes.items():
@@ -192,9 +192,10 @@ class Plan:
             n, first = params[i].numel(), 0
             itemsize = state["state1"].element_size()
             width = 2 if optimizer.optimizer_name == "ademamix" else 1
-            each = itemsize * (width + len(names) - 1) + (1 if itemsize == 1 else 0)  # with room for block maxima
+            maxima = 4 * TILE // _states.BLOCKSIZE if itemsize == 1 else 0
+            tile_bytes = (width + len(names) - 1) * (itemsize * TILE + maxima)
             while first < n:
-                count = min(n - first, chunk.room(each, TILE))
+                count = min(n - first, chunk.room(tile_bytes) * TILE)
                 if not count:
                     yield rows, sources, chunk
                     slot = (slot + 1) % _paging.SLOTS

@@ -78,7 +78,7 @@ def prepare_states(
                 state[key] = state[key].contiguous()
         if _states.bits_of(state) == 8 and config.names:
             _check_8bit(optimizer, config)
-    optimizer._settle_pages([(m, p) for m, p in zip(members, params, strict=True)])
+    optimizer._settle_pages(params)
 
 
 def _check_8bit(optimizer: Optimizer8bit, config: Config) -> None:
