@@ -9,6 +9,7 @@ import pkgutil
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -659,6 +660,34 @@ def test_paging_on_the_cpu_says_so_once(name: str) -> None:
     (warning,) = caught
     assert "nothing is paged" in str(warning.message)
     assert warning.filename == __file__
+
+
+def test_distributed_parameters(tmp_path: Path) -> None:
+    """Each process steps its own part; whether states have 8 bits is decided by the whole."""
+    tensor = pytest.importorskip("torch.distributed.tensor")
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+        others = parameters(SHAPES, "cpu")
+        params = [torch.nn.Parameter(tensor.distribute_tensor(p.detach().clone(), mesh)) for p in others]
+        ours, plain = fewbits.optim.AdamW8bit(params), fewbits.optim.AdamW8bit(others)
+        for t in range(3):
+            give_gradients(others, t)
+            for p, q in zip(params, others, strict=True):
+                p.grad = tensor.distribute_tensor(q.grad.clone(), mesh)
+            ours.step()
+            plain.step()
+        for p, q in zip(params, others, strict=True):
+            assert_same_bits(p.to_local(), q, "parameter")
+        for refused in (
+            fewbits.optim.AdamW8bit(params, max_grad_norm=1.0),
+            fewbits.optim.AdamW8bit(params, skip_nonfinite=True),
+            fewbits.optim.LAMB8bit(params),
+        ):
+            with pytest.raises(ValueError, match="distributed"):
+                refused.step()
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 # ---- anything at all -----------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from fewbits.optim import _paging, _states
 from fewbits.optim._config import Config
 from fewbits.optim._launches import Bundle, Key, Launch
 from fewbits.optim._paged_states import local
-from fewbits.optim._prepare import Member, check_tensors, prepare_states
+from fewbits.optim._prepare import Member, check_local, check_tensors, prepare_states
 
 if TYPE_CHECKING:
     from fewbits.optim._base import Optimizer8bit
@@ -50,6 +50,8 @@ class Plan:
         self.types = list(map(type, map(_grad, everyone)))
         self.changes = optimizer.mng.changes
         self.distributed = any(hasattr(m.p, "_local_tensor") for m in members)
+        if self.distributed:
+            check_local(optimizer)
         self.owners = [m.p for m in members]
         params = [local(m.p) for m in members]
         grads = [local(m.p.grad) for m in members]
