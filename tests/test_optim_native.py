@@ -2,104 +2,30 @@
 
 from __future__ import annotations
 
-import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import oracle_optim as oracle
-from arrays import DTYPES, dtype_name
+import optim_cases
+from arrays import assert_same_bits, dtype_name
 from fewbits import _native
+from optim_cases import CASES, PAIRS, VARIANTS, launch_of, run
 from optim_launch import Launch, make_piece, pack
-from oracle_optim import AMSGRAD, BIAS_CORRECTION, CENTERED, DECOUPLED, FAMILIES, NESTEROV, Group
+from oracle_optim import AMSGRAD, CENTERED, DECOUPLED, FAMILIES, Group, State8
 from strategies import ORDINARY, RECIPES, dtypes, seeds
 
-# Every choice of each family; those marked 32 have no 8-bit form.
-VARIANTS: dict[str, list[Group]] = {
-    "adam": [
-        Group(weight_decay=0.01, flags=DECOUPLED),
-        Group(weight_decay=0.01),
-        Group(flags=DECOUPLED, eps=0.0, beta1=0.0),
-        Group(weight_decay=0.1, flags=DECOUPLED | AMSGRAD),
-    ],
-    "ademamix": [
-        Group(weight_decay=0.01),
-        Group(t_alpha=50.0, t_beta3=80.0, beta3=0.999),
-        Group(t_alpha=2.0, t_beta3=2.0, alpha=3.0),
-    ],
-    "lion": [Group(lr=1e-4, beta2=0.99, weight_decay=0.1), Group(lr=1e-4, beta1=0.0)],
-    "sgd": [
-        Group(weight_decay=1e-4),
-        Group(beta1=0.0, weight_decay=1e-4),
-        Group(flags=NESTEROV, lr=0.1),
-        Group(dampening=0.3),
-    ],
-    "rmsprop": [
-        Group(beta1=0.99, beta2=0.0, weight_decay=0.01),
-        Group(beta1=0.99, beta2=0.9),
-        Group(beta1=0.9, beta2=0.0, flags=CENTERED, eps=1e-3),
-        Group(beta1=0.9, beta2=0.5, flags=CENTERED),
-    ],
-    "adagrad": [Group(lr=0.01, lr_decay=0.1, weight_decay=0.01, eps=1e-10), Group(lr=0.01)],
-    "lamb": [
-        Group(weight_decay=0.01, flags=DECOUPLED | BIAS_CORRECTION),
-        Group(weight_decay=0.01, flags=BIAS_CORRECTION),
-        Group(flags=DECOUPLED, weight_decay=0.01, eps=1e-6),
-    ],
-    "lars": [
-        Group(weight_decay=1e-3, trust=0.02, lr=0.1),
-        Group(beta1=0.0, trust=0.02, lr=0.1),
-        Group(flags=NESTEROV, lr=0.1, dampening=0.1),
-    ],
-}
-
-
-def has_8bit(family: str, group: Group) -> bool:
-    return not (group.has(AMSGRAD | CENTERED) or (family == "rmsprop" and group.beta2 != 0))
-
-
-CASES = [
-    pytest.param(family, i, bits, id=f"{family}-{i}-{bits}")
-    for family in FAMILIES
-    for i, group in enumerate(VARIANTS[family])
-    for bits in (8, 32)
-    if bits == 32 or has_8bit(family, group)
-]
-PAIRS = list(itertools.product(DTYPES, DTYPES))
-LENGTHS = [0, 1, 255, 256, 257, 4095, 4096, 4097, 9001]
-
-
-def launch_of(
-    family: str, group: Group, bits: int, pair: tuple[torch.dtype, torch.dtype], recipes: list[str], seed: int,
-    device: torch.device, *, zero: bool = True, t: int = 0, stochastic: bool = False, lr_on_device: bool = False,
-) -> Launch:  # fmt: skip
-    """Tensors of awkward lengths and addresses, in two groups."""
-    groups = [group, Group(**{**vars(group), "lr": group.lr * 0.37, "weight_decay": group.weight_decay * 2})]
-    pieces = [
-        make_piece(family, groups[i % 2], i % 2, n, bits, pair, recipes, seed + 10 * i, i % 4, t + i, 256 * i, 1000 + i,
-                   zero)
-        for i, n in enumerate(LENGTHS)
-    ]  # fmt: skip
-    for piece in pieces:
-        piece.ratio = np.float32(1 + piece.p.size % 7 / 8)
-    return Launch(family, bits, groups, pieces, pair, device, seed * 12345, stochastic, lr_on_device)
-
-
-def run(launch: Launch, steps: int, **arguments: torch.Tensor) -> None:
-    __tracebackhide__ = True
-    for _ in range(steps):
-        launch.expect()
-        launch.step(**arguments)
-        launch.check()
-
+cases = pytest.mark.parametrize(("family", "variant", "bits"), CASES, ids=lambda part: str(part))
 
 # ---- bytes ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("family", "variant", "bits"), CASES)
+@cases
 @pytest.mark.parametrize("pair", PAIRS, ids=lambda p: "-".join(map(dtype_name, p)))
 def test_step_is_the_oracle(
     family: str, variant: int, bits: int, pair: tuple[torch.dtype, torch.dtype], device: torch.device
@@ -109,7 +35,7 @@ def test_step_is_the_oracle(
     run(launch_of(family, group, bits, pair, ["normal", "zeros", "wide"], variant, device), 3)
 
 
-@pytest.mark.parametrize(("family", "variant", "bits"), CASES)
+@cases
 @settings(max_examples=8)
 @given(pair=st.tuples(dtypes, dtypes), recipes=st.lists(st.sampled_from([*RECIPES]), min_size=1, max_size=4),
        seed=seeds, t=st.integers(0, 300))  # fmt: skip
@@ -183,6 +109,35 @@ def test_many_tensors(device: torch.device) -> None:
     run(Launch("adam", 8, [group], pieces, pair, device), 2)
 
 
+@pytest.mark.slow
+def test_past_two_to_the_31(device: torch.device) -> None:
+    """Index arithmetic: the last blocks of a tensor of more than 2**31 elements are right."""
+    group, pair, start = Group(lr=1e-3), (torch.bfloat16, torch.bfloat16), 2**31
+    piece = make_piece("lion", group, 0, 10 * 4096 + 17, 8, pair, [*ORDINARY], 1)
+    n = start + piece.p.size
+    if device.type == "cuda" and torch.cuda.mem_get_info(device)[0] < 7 * n:
+        pytest.skip("too little memory on the GPU")
+    launch = Launch("lion", 8, [group], [piece], pair, device)
+    kinds = {"p": torch.bfloat16, "g": torch.bfloat16, "state1": torch.uint8, "absmax1": torch.float32}
+    whole = {name: torch.zeros(n if name != "absmax1" else -(-n // 256), dtype=kinds[name], device=device)
+             for name in kinds}  # fmt: skip
+    for name, tensor in whole.items():
+        tensor[-piece.memory[name].n :] = piece.memory[name].view
+    for column, name in ((0, "p"), (1, "state1"), (4, "absmax1")):
+        launch.tensors[0, column] = whole[name].data_ptr()
+    launch.tensors[0, 6], launch.gradients[0] = n, whole["g"].data_ptr()
+    launch.tile_count = -(-n // _native.OPTIM_TILE)
+    launch.tiles = torch.zeros(launch.tile_count, dtype=torch.int32, device=device)
+    launch.expect()
+    launch.step()
+    state = piece.states[0]
+    assert isinstance(state, State8)
+    for name, expected in (("p", piece.p), ("state1", state.codes), ("absmax1", state.absmax)):
+        assert_same_bits(whole[name][-piece.memory[name].n :], expected, name)
+    assert not bool(whole["p"][:start].any())
+    assert bool((whole["state1"][:start] == 127).all())
+
+
 @pytest.mark.parametrize("threads", [1, 3])
 def test_thread_count_does_not_matter(threads: int) -> None:
     before = torch.get_num_threads()
@@ -193,94 +148,30 @@ def test_thread_count_does_not_matter(threads: int) -> None:
         torch.set_num_threads(before)
 
 
-# ---- control -------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("path", ["portable", "avx2", "avx512", "avx512bf16"])
+def test_every_simd_path_is_the_oracle(path: str) -> None:
+    needs = {"avx2": "avx2", "avx512": "avx512bw", "avx512bf16": "avx512bf16"}
+    if path in needs and needs[path] not in _native.cpu_info()["features"]:
+        pytest.skip(f"this CPU has no {needs[path]}")
+    program = [sys.executable, str(Path(optim_cases.__file__))]
+    environment = {**os.environ, "FEWBITS_SIMD": path}
+    result = subprocess.run(program, capture_output=True, text=True, env=environment, check=False)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == [path]
 
 
-def control_of(
-    launch: Launch, partials: torch.Tensor, max_norm: float, grad_scale: float | None, found_inf: float | None,
-    skip_nonfinite: bool,
-) -> torch.Tensor:  # fmt: skip
-    """The native {scale, skip}, checked against the oracle's."""
-    __tracebackhide__ = True
-    device = launch.device
-    scales = torch.tensor([grad_scale or 0.0, found_inf or 0.0], dtype=torch.float32, device=device)
-    control = torch.full((3,), 77.0, dtype=torch.float32, device=device)
-    addresses = [scales.data_ptr() if grad_scale is not None else 0]
-    addresses += [scales.data_ptr() + 4 if found_inf is not None else 0]
-    target = (-1, 1) if device.type == "cpu" else (control.device.index, torch.cuda.current_stream().cuda_stream)
-    _native.optim_control(
-        partials.data_ptr(), partials.numel(), max_norm, *addresses, skip_nonfinite, control.data_ptr(), *target
-    )
-    scale, skip = oracle.control(
-        partials.cpu().numpy(),
-        max_norm,
-        None if grad_scale is None else np.float32(grad_scale),
-        None if found_inf is None else np.float32(found_inf),
-        skip_nonfinite,
-    )
-    bits = control.view(torch.int32).tolist()
-    got = np.array(bits[:1], dtype=np.int32).view(np.float32)[0]
-    assert got == scale or (np.isnan(got) and np.isnan(scale))
-    assert bits[1] == skip
-    assert control[2].item() == 77
-    return control
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
-@pytest.mark.parametrize("recipes", [["normal", "wide"], ["huge"], ["subnormal"], ["nan"], ["infinite"]], ids=str)
-@pytest.mark.parametrize("arguments", [(0.0, None, None, False), (0.5, None, None, True), (1e30, 1024.0, 0.0, True),
-                                       (2.0, 65536.0, 1.0, False)], ids=str)  # fmt: skip
-def test_control_and_clipping(
-    dtype: torch.dtype, recipes: list[str], arguments: tuple[float, float | None, float | None, bool],
-    device: torch.device,
-) -> None:  # fmt: skip
-    launch = launch_of("adam", Group(), 8, (torch.float32, dtype), recipes, 3, device)
-    partials = launch.norms(0)
-    expected = np.concatenate([oracle.tile_sums(oracle.widen(piece.g)) for piece in launch.pieces])
-    np.testing.assert_array_equal(partials[:, 0], expected)
-    control = control_of(launch, launch.partials[:-1], *arguments)
-    bits = control[:2].view(torch.int32).tolist()
-    if not bits[1]:
-        launch.expect(np.float32(control[0].item()))
-    launch.step(control)
-    launch.check()
-
-
-@pytest.mark.parametrize("count", [0, 1, 1023, 1025, 5000])
-def test_control_sums_in_one_order(count: int, device: torch.device) -> None:
-    partials = torch.from_numpy(10.0 ** np.random.default_rng(count).uniform(-9, 9, count)).to(device)
-    launch = launch_of("sgd", Group(beta1=0.0), 32, (torch.float32, torch.float32), ["zeros"], 0, device)
-    control_of(launch, partials, 1.0, 3.0, None, True)
-
-
-# ---- trust ratios --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("pair", PAIRS, ids=lambda p: "-".join(map(dtype_name, p)))
 @pytest.mark.parametrize("bits", [8, 32])
-@pytest.mark.parametrize(("family", "variant"), [("lamb", 0), ("lamb", 1), ("lamb", 2), ("lars", 0), ("lars", 1)])
-def test_trust_ratio(
-    family: str, variant: int, bits: int, pair: tuple[torch.dtype, torch.dtype], device: torch.device
-) -> None:
-    group = VARIANTS[family][variant]
-    launch = launch_of(family, group, bits, pair, ["normal", "wide"], variant, device, zero=False, t=2)
-    launch.pieces[3].memory["p"].view.zero_()
-    launch.pieces[3].p[:] = 0
-    control = torch.tensor([0.25, 0.0], device=device)
-    for _ in range(2):
-        partials, tile = launch.norms(1, control), 0
-        for piece in launch.pieces:
-            expected = oracle.trust_sums(
-                family, launch.groups[piece.group], piece.t + 1, piece.p, piece.g, piece.states, np.float32(0.25)
-            )
-            got = partials[tile : tile + expected[0].size]
-            np.testing.assert_array_equal(got, np.stack(expected, axis=1))
-            piece.ratio = oracle.trust_ratio(family, launch.groups[piece.group], *expected)
-            tile += expected[0].size
-        np.testing.assert_array_equal(launch.trust(), [piece.ratio for piece in launch.pieces])
-        launch.expect(np.float32(0.25))
-        launch.step(control)
-        launch.check()
+def test_subnormals_count_whatever_torch_is_told(bits: int) -> None:
+    """A program that flushes subnormals to zero gets the same bytes."""
+    pair = (torch.float32, torch.float32)
+    launch = launch_of("adam", VARIANTS["adam"][0], bits, pair, ["subnormal", "few units"], 3, torch.device("cpu"))
+    launch.expect()
+    torch.set_flush_denormal(True)
+    try:
+        launch.step()
+    finally:
+        torch.set_flush_denormal(False)
+    launch.check()
 
 
 # ---- refusals ------------------------------------------------------------------------------------------------------

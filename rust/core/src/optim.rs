@@ -91,6 +91,19 @@ impl Family {
         }
     }
 
+    /// Which states its rule has with these hyperparameters: of AdEMAMix the fast, the slow and the squares', of the others the first, the
+    /// second and the third of the table.
+    pub fn states(self, group: &Group) -> [bool; 3] {
+        match self {
+            Self::Adam => [true, true, group.has(Group::AMSGRAD)],
+            Self::Ademamix => [true; 3],
+            Self::Lamb => [true, true, false],
+            Self::Lion | Self::Adagrad => [true, false, false],
+            Self::Sgd | Self::Lars => [group.beta1 != 0.0, false, false],
+            Self::Rmsprop => [true, group.beta2 != 0.0, group.has(Group::CENTERED)],
+        }
+    }
+
     /// Whether its steps are scaled by a trust ratio a tensor.
     pub fn has_trust_ratio(self) -> bool {
         matches!(self, Self::Lamb | Self::Lars)

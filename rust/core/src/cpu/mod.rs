@@ -1,8 +1,8 @@
 //! The operations on this machine's processor.
 //!
 //! One body an operation, compiled once for each instruction set and chosen at run time ([`path`]): the compiler vectorizes the
-//! same source, so every path gives the same bytes. Where it cannot (16-entry tables), a path has kernels of its own
-//! ([`avx512`], [`table_lookup`]). Products ([`matmul4`]) alone round in an order of each path's own.
+//! same source, so every path gives the same bytes. Where it cannot (look-ups), a path has kernels of its own
+//! ([`avx512`], [`avx512_code256`], [`avx512_planes`], [`table_lookup`]). Products ([`matmul4`]) alone round in an order of each path's own.
 
 #[cfg(target_arch = "x86_64")]
 mod avx512;
@@ -20,6 +20,7 @@ pub mod matmul4;
 pub(crate) mod optim;
 mod optim_block;
 mod optim_coefficients;
+mod optim_families;
 pub(crate) mod optim_norms;
 mod optim_rules;
 mod optim_table;

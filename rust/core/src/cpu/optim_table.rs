@@ -116,7 +116,7 @@ impl<'a> Table<'a> {
         if apart(entry.p, self.step.parameters.size()) || apart(entry.gradient, self.step.gradients_dtype.size()) {
             return fail("p or gradient", "an address that its elements divide");
         }
-        let wanted = self.wanted(self.group(&entry));
+        let wanted = self.step.family.states(self.group(&entry));
         let missing = |state: &State| match self.step.bits {
             Bits::Eight => state.address == 0 || state.absmax == 0,
             Bits::ThirtyTwo => state.address == 0 || apart(state.address, 4),
@@ -125,18 +125,6 @@ impl<'a> Table<'a> {
             return fail("state or absmax", "the address of a state of its family");
         }
         Ok(())
-    }
-
-    /// Which states a group's rule has.
-    fn wanted(&self, group: &Group) -> [bool; 3] {
-        match self.step.family {
-            Family::Adam => [true, true, group.has(Group::AMSGRAD)],
-            Family::Ademamix => [true; 3],
-            Family::Lamb => [true, true, false],
-            Family::Lion | Family::Adagrad => [true, false, false],
-            Family::Sgd | Family::Lars => [group.beta1 != 0.0, false, false],
-            Family::Rmsprop => [true, group.beta2 != 0.0, group.has(Group::CENTERED)],
-        }
     }
 
     pub fn group(&self, entry: &Entry) -> &'a Group {
@@ -190,7 +178,7 @@ impl<'a> Table<'a> {
             t: steps.wrapping_add(1),
             index,
         };
-        let wanted = self.wanted(self.group(&entry));
+        let wanted = self.step.family.states(self.group(&entry));
         for (state, wanted) in entry.states.iter_mut().zip(wanted) {
             if !wanted {
                 *state = State::default();

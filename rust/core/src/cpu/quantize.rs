@@ -8,7 +8,7 @@ use super::avx512::{self, Wide};
 use super::decades::Decades;
 #[cfg(not(target_arch = "x86_64"))]
 use super::element::Element as Wide;
-use super::element::{Element, LANES, for_dtype, for_runs};
+use super::element::{Element, LANES, for_dtype, for_runs, load};
 #[cfg(target_arch = "x86_64")]
 use super::path::Path;
 use super::path::multiversion;
@@ -282,17 +282,19 @@ unsafe fn encode_8bit<T: Element, const N: usize>(
     table: &Code256,
     codes: *mut u8,
 ) {
+    let whole = count / N * N;
     // SAFETY: the caller holds `count` elements at `x` and room for as many bytes at `codes`.
     unsafe {
-        for_runs::<T, N>(
-            x,
-            count,
-            |i, values| codes.add(i).cast::<[u8; N]>().write_unaligned(table.codes(quotients(values, scale))),
-            |i, values, length| {
-                let bytes = table.codes(quotients(values, scale));
-                std::ptr::copy_nonoverlapping(bytes.as_ptr(), codes.add(i), length);
-            },
-        );
+        // No closure: one as long as this may be left out of line, where it is compiled for every processor.
+        for i in (0..whole).step_by(N) {
+            let values: [f32; N] = load(x.add(i));
+            codes.add(i).cast::<[u8; N]>().write_unaligned(table.codes(quotients(values, scale)));
+        }
+        let rest = |i: usize, values: [f32; N], length: usize| {
+            let bytes = table.codes(quotients(values, scale));
+            std::ptr::copy_nonoverlapping(bytes.as_ptr(), codes.add(whole + i), length);
+        };
+        for_runs::<T, N>(x.add(whole), count - whole, |_, _| (), rest);
     }
 }
 
