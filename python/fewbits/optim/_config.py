@@ -10,14 +10,14 @@ import torch
 from fewbits.optim._families import FAMILIES, check_values, pack, parse_betas
 
 if TYPE_CHECKING:
-    from fewbits.optim._base import Optimizer8bit
+    from fewbits.optim._stepping import Stepping
 
 
 class Config:
     """The hyperparameters of a parameter group on one device, or of one parameter with overrides."""
 
     def __init__(
-        self, optimizer: Optimizer8bit, group: dict[str, Any], override: dict[str, Any] | None, device: torch.device
+        self, optimizer: Stepping, group: dict[str, Any], override: dict[str, Any] | None, device: torch.device
     ) -> None:
         self.group, self.override, self.device = group, override, device
         self.name = optimizer.optimizer_name
@@ -30,7 +30,7 @@ class Config:
         self.values: dict[str, Any] = {}
         self.buffer: torch.Tensor | None = None
 
-    def refresh(self, bits: int = 32) -> bool:
+    def refresh(self) -> bool:
         """Take over what changed in the group. Return whether other states are needed now.
 
         Raises
@@ -55,7 +55,7 @@ class Config:
         values.setdefault("betas", ())
         if isinstance(values["betas"], str):
             values["betas"] = parse_betas(values["betas"])
-        check_values(self.name, {**values, "lr": lr}, bits)
+        check_values(self.name, {**values, "lr": lr}, 32)
         if "weight_decay" not in values:
             values["weight_decay"] = 0.0
         family = FAMILIES[self.name]

@@ -14,8 +14,8 @@ from fewbits.optim import _paging
 from fewbits.optim._families import FAMILIES
 
 if TYPE_CHECKING:
-    from fewbits.optim._base import Optimizer8bit
     from fewbits.optim._config import Config
+    from fewbits.optim._stepping import Stepping
 
 _N, _FIRST_TILE = 6, 8  # of `Field` in rust/core/src/optim.rs
 
@@ -44,7 +44,7 @@ class Launch:
 class Bundle:
     """All launches of one device."""
 
-    def __init__(self, optimizer: Optimizer8bit, device: torch.device) -> None:
+    def __init__(self, optimizer: Stepping, device: torch.device) -> None:
         self.device = device
         self.family = FAMILIES[optimizer.optimizer_name]
         self.seed, self.stochastic = optimizer.seed, optimizer.stochastic_rounding

@@ -23,7 +23,7 @@ from fewbits.optim._paged_states import local
 from fewbits.optim._prepare import Member, check_local, check_tensors, prepare_states
 
 if TYPE_CHECKING:
-    from fewbits.optim._base import Optimizer8bit
+    from fewbits.optim._stepping import Stepping
 
 TILE: int = _native.OPTIM_TILE
 GROUPS: int = _native.OPTIM_GROUPS
@@ -39,7 +39,7 @@ _params = itemgetter("params")
 class Plan:
     """Launches and what they were made for."""
 
-    def __init__(self, optimizer: Optimizer8bit, members: list[Member], *, whole: bool = True) -> None:
+    def __init__(self, optimizer: Stepping, members: list[Member], *, whole: bool = True) -> None:
         groups = optimizer.param_groups
         self.whole = whole
         everyone = list(chain.from_iterable(map(_params, groups))) if whole else [m.p for m in members]
@@ -71,7 +71,7 @@ class Plan:
 
     # ---- finding it again ----
 
-    def match(self, optimizer: Optimizer8bit) -> tuple[list[int], list[torch.Tensor]] | None:
+    def match(self, optimizer: Stepping) -> tuple[list[int], list[torch.Tensor]] | None:
         """Return the addresses of the gradients and who must outlive the launches, or None if something changed."""
         if optimizer.mng.changes != self.changes or getattr(optimizer.state, "watch", None) is not optimizer._watch:
             return None
@@ -110,7 +110,7 @@ class Plan:
 
     # ---- making it ----
 
-    def _configure(self, optimizer: Optimizer8bit, members: list[Member], params: list[torch.Tensor]) -> list[Config]:
+    def _configure(self, optimizer: Stepping, members: list[Member], params: list[torch.Tensor]) -> list[Config]:
         """Return the configuration of each member; those with the same one share it."""
         found: dict[tuple[int, int, torch.device], Config] = {}
         overrides, result = optimizer.mng.pid2config, []
@@ -127,7 +127,7 @@ class Plan:
 
     def _arrange(
         self,
-        optimizer: Optimizer8bit,
+        optimizer: Stepping,
         members: list[Member],
         params: list[torch.Tensor],
         grads: list[torch.Tensor],

@@ -12,8 +12,8 @@ from fewbits.optim._families import FAMILIES, check_8bit
 from fewbits.optim._paged_states import is_capturing
 
 if TYPE_CHECKING:
-    from fewbits.optim._base import Optimizer8bit
     from fewbits.optim._config import Config
+    from fewbits.optim._stepping import Stepping
 
 
 class Member(NamedTuple):
@@ -49,7 +49,7 @@ def check_tensors(members: list[Member], params: list[torch.Tensor], grads: list
             raise TypeError(f"{where}: expected a plain tensor, got {type(p).__name__}")
 
 
-def check_local(optimizer: Optimizer8bit) -> None:
+def check_local(optimizer: Stepping) -> None:
     """Raise if a step needs norms of whole tensors, of which this process has a part."""
     for what, wanted in (
         ("max_grad_norm: expected None", optimizer.max_grad_norm is not None),
@@ -61,7 +61,7 @@ def check_local(optimizer: Optimizer8bit) -> None:
 
 
 def prepare_states(
-    optimizer: Optimizer8bit, members: list[Member], params: list[torch.Tensor], configs: list[Config]
+    optimizer: Stepping, members: list[Member], params: list[torch.Tensor], configs: list[Config]
 ) -> None:
     """Create states that are missing, bring all to their devices, and check them."""
     _adopt(optimizer)
@@ -92,11 +92,11 @@ def prepare_states(
     optimizer._settle_pages(params)
 
 
-def _check_8bit(optimizer: Optimizer8bit, config: Config) -> None:
+def _check_8bit(optimizer: Stepping, config: Config) -> None:
     check_8bit(optimizer.optimizer_name, config.values)
 
 
-def _adopt(optimizer: Optimizer8bit) -> None:
+def _adopt(optimizer: Stepping) -> None:
     """Make the optimizer's states ones whose changes are noticed, whoever put them there."""
     state = optimizer.state
     if type(state) is not _states.States or state.watch is not optimizer._watch:
