@@ -11,7 +11,7 @@ import torch
 from fewbits._checks import DTYPES
 from fewbits.codebook import create_dynamic_map
 from fewbits.optim import _states
-from fewbits.optim._families import ALIASES, FAMILIES, check_8bit, check_values, parse_betas
+from fewbits.optim._families import ALIASES, DEFAULTS, FAMILIES, check_8bit, check_values, parse_betas
 from fewbits.optim._options import ARGS, MockArgs, Params
 from fewbits.optim._paged_states import local
 from fewbits.optim._plan import Plan
@@ -101,7 +101,7 @@ class Optimizer8bit(Stepping):
         self.initialized = False
         self.name2qmap: dict[str, torch.Tensor] = {}
         self._reset()
-        super().__init__(params, defaults)
+        super().__init__(params, {**DEFAULTS.get(self.optimizer_name, {}), **defaults})
 
     def _configure(
         self, name: str, args: Any, optim_bits: int, min_8bit_size: int, max_unorm: float, skip_zeros: bool

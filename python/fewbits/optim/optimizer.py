@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fewbits.optim._base import Optimizer8bit
-from fewbits.optim._families import DEFAULTS, parse_betas
+from fewbits.optim._families import parse_betas
 from fewbits.optim._options import MockArgs, Options, Params
 from fewbits.optim.manager import GlobalOptimManager
 
@@ -78,8 +78,7 @@ class Optimizer1State(Optimizer8bit):
     ) -> None:
         self._configure(optimizer_name, args, optim_bits, min_8bit_size, max_unorm, skip_zeros)
         defaults = {"lr": lr, "betas": parse_betas(betas), "eps": eps, "weight_decay": weight_decay}
-        defaults |= {**DEFAULTS.get(self.optimizer_name, {}), **(hyperparameters or {})}
-        super().__init__(params, defaults, optim_bits, is_paged, **options)
+        super().__init__(params, {**defaults, **(hyperparameters or {})}, optim_bits, is_paged, **options)
 
 
 class Optimizer2State(Optimizer8bit):
@@ -147,5 +146,4 @@ class Optimizer2State(Optimizer8bit):
         self._configure(optimizer_name, args, optim_bits, min_8bit_size, max_unorm, skip_zeros)
         defaults: dict[str, Any] = {"lr": lr, "betas": parse_betas(betas), "eps": eps, "weight_decay": weight_decay}
         defaults |= {"alpha": alpha, "t_alpha": t_alpha, "t_beta3": t_beta3}
-        defaults |= {**DEFAULTS.get(self.optimizer_name, {}), **(hyperparameters or {})}
-        super().__init__(params, defaults, optim_bits, is_paged, **options)
+        super().__init__(params, {**defaults, **(hyperparameters or {})}, optim_bits, is_paged, **options)
