@@ -117,6 +117,35 @@ def test_distributed_parameters(tmp_path: Path) -> None:
         torch.distributed.destroy_process_group()
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize("where", ["two GPUs", "GPU and CPU"])
+def test_several_devices(where: str) -> None:
+    """The norm is over all of them."""
+    if where == "two GPUs" and torch.cuda.device_count() < 2:
+        pytest.skip("one GPU")
+    first, second = ("cuda:0", "cuda:1") if where == "two GPUs" else ("cuda:0", "cpu")
+    shapes = [(64, 80), (33,), (5000,), (4096,)]
+    params, others = parameters(shapes, first), parameters(shapes, first)
+    for p in params[1::2]:
+        p.data = p.data.to(second)
+    ours = fewbits.optim.AdamW8bit(params, max_grad_norm=1.0, skip_nonfinite=True)
+    reference = [p.detach().cpu().double().requires_grad_() for p in others]
+    plain = torch.optim.AdamW(reference)
+    for t in range(3):
+        give_gradients(params, t)
+        for p, q in zip(params, reference, strict=True):
+            q.grad = p.grad.cpu().double()
+        torch.nn.utils.clip_grad_norm_(reference, 1.0)
+        ours.step()
+        plain.step()
+    for p, q in zip(params, reference, strict=True):
+        torch.testing.assert_close(p.detach().cpu().double(), q.detach(), rtol=0, atol=3e-3)
+    params[1].grad[3] = torch.nan
+    before = [p.detach().clone() for p in params]
+    ours.step()
+    assert all(torch.equal(p, q) for p, q in zip(params, before, strict=True))
+
+
 # ---- anything at all -----------------------------------------------------------------------------------------------
 
 _shapes = st.lists(st.lists(st.integers(0, 70), max_size=3).map(tuple), min_size=1, max_size=6)
