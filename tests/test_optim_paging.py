@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 from typing import Any
 
@@ -67,6 +68,35 @@ def test_chunks_are_the_same(family: str, bits: str, chunk: int, monkeypatch: py
         for key in ("state1", "state2", "state3", "absmax1", "absmax2"):
             if key in whole.state[q]:
                 assert_same_bits(paged.state[p][key], whole.state[q][key], f"{key} of parameter {i}")
+
+
+def test_page_locked_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is registered while somebody holds it, and no longer."""
+    registered: dict[int, int] = {}
+
+    class Runtime:
+        def cudaHostRegister(self, address: int, size: int, flags: int) -> int:  # noqa: N802
+            registered[address] = size
+            return 0
+
+        def cudaHostUnregister(self, address: int) -> int:  # noqa: N802
+            del registered[address]
+            return 0
+
+    monkeypatch.setattr(torch.cuda, "cudart", Runtime)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    tensors = [_paging.pinned_empty((3, 5), dtype, torch.device("cpu")) for dtype in (torch.float32, torch.uint8)]
+    assert [t.data_ptr() % 4096 for t in tensors] == [0, 0]
+    assert {t.data_ptr() for t in tensors} == set(registered)
+    view = tensors[0].fill_(1.0)[1:]
+    tensors.clear()
+    gc.collect()
+    assert len(registered) == 1
+    assert view.sum() == 10
+    del view
+    gc.collect()
+    assert not registered
 
 
 def test_choice() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import mmap
+import os
 import weakref
 from math import prod
 from typing import Any, NamedTuple
@@ -24,22 +27,26 @@ class Copy(NamedTuple):
 
 
 def pinned_empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Return page-locked memory of exactly this size, which goes back to the system with the tensor.
+    """Return page-locked memory of this size, which goes back to the system with the tensor.
 
     torch's own allocator of pinned memory rounds up to powers of two and keeps what was freed.
     """
-    count = prod(shape)
-    memory = np.empty(max(1, count * dtype.itemsize), dtype=np.uint8)
-    address, runtime = memory.ctypes.data, torch.cuda.cudart()
+    size = prod(shape) * dtype.itemsize
+    memory = np.frombuffer(mmap.mmap(-1, max(1, size)), dtype=np.uint8)  # whole pages, shared with nobody
+    address = memory.ctypes.data
     with torch.cuda.device(device):
-        failed = int(runtime.cudaHostRegister(address, memory.nbytes, 0))
+        failed = int(torch.cuda.cudart().cudaHostRegister(address, memory.nbytes, 0))
     if failed:  # some virtual machines cannot
+        with contextlib.suppress(RuntimeError):  # the next launch would report what has been dealt with here
+            torch.zeros(1, device=device)
         return torch.empty(shape, dtype=dtype, pin_memory=True)
-    weakref.finalize(memory, _unpin, address, device).atexit = False
-    return torch.from_numpy(memory)[: count * dtype.itemsize].view(dtype).view(shape)
+    weakref.finalize(memory, _unpin, address, device, os.getpid()).atexit = False
+    return torch.from_numpy(memory)[:size].view(dtype).view(shape)
 
 
-def _unpin(address: int, device: torch.device) -> None:
+def _unpin(address: int, device: torch.device, process: int) -> None:
+    if os.getpid() != process:  # a child that was forked has the object, but not the GPU
+        return
     torch.cuda.synchronize(device)  # a copy may be under way
     torch.cuda.cudart().cudaHostUnregister(address)
 
