@@ -7,9 +7,9 @@
 //   sums          its blocks' sums of them (exact_sum.cuh)
 //   nested_absmax ceil(count / 256) float32
 //
-// Work: every block adds those few sums up for itself, so that no block waits for another. A warp then takes nested blocks, AHEAD at
-// a time, the next ones' loads ahead of them. The launch is bound by its latencies, not by bytes or instructions: the table is loaded
-// while the launch before ends, the first maxima while the sums are added up.
+// Work: every block adds those few sums up for itself, so that no block waits for another. A warp then takes nested blocks, the
+// next one's loads ahead of it. The launch is bound by its latencies, not by bytes or instructions: the table is loaded while the
+// launch before ends, the first maxima while the sums are added up.
 #include "exact_sum.cuh"
 #include "nearest.cuh"
 
@@ -17,7 +17,6 @@ constexpr int THREADS = 512;
 constexpr int WARPS = THREADS / WARP;
 constexpr int NESTED = 256;
 constexpr int RUN = NESTED / WARP;  // elements a lane of a nested block
-constexpr int AHEAD = 2;
 
 // Largest maximum up to which its reciprocal takes the scale in exactly.
 constexpr float FOLD_LIMIT = DYNAMIC_SCALE * 0x1p126f;
@@ -47,26 +46,6 @@ __device__ __noinline__ void encode_carefully(const Nearest& table, const float*
     }
 }
 
-// A whole nested block from its maxima less the mean; `r` is used up.
-__device__ __forceinline__ void encode_run(const Nearest& table, const float* absmax, i64 block, i64 count, float mean,
-                                           float (&r)[RUN], u8* absmax_codes, float* nested_absmax) {
-    float largest = 0.0f;
-#pragma unroll
-    for (int i = 0; i < RUN; i++) largest = fmaxf(largest, fabsf(r[i]));
-    const unsigned m = warp_max(__float_as_uint(largest));
-    if (!is_plain(m) || __uint_as_float(m) >= FOLD_LIMIT) {
-        encode_carefully(table, absmax, block, count, mean, absmax_codes, nested_absmax);
-        return;
-    }
-    const int lane = threadIdx.x % WARP;
-    const float inverse = __fmul_rn(reciprocal(__uint_as_float(m)), table.scale);
-#pragma unroll
-    for (int i = 0; i < RUN; i++) r[i] = __fmul_rn(r[i], inverse);
-    if (lane == 0) nested_absmax[block] = __uint_as_float(m);
-    reinterpret_cast<uint2*>(absmax_codes + block * NESTED)[lane] =
-        make_uint2(nearest_four(table, r[0], r[1], r[2], r[3]), nearest_four(table, r[4], r[5], r[6], r[7]));
-}
-
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
     quantize_absmax(const float* absmax, i64 count, const unsigned* sums, float* offset, u8* absmax_codes,
                     float* nested_absmax) {
@@ -75,14 +54,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
     load_table(entries, DYNAMIC_ENTRIES, DYNAMIC_LENGTH);
     wait_for_previous_kernel();
 
+    const int lane = threadIdx.x % WARP;
     const i64 blocks = (count + NESTED - 1) / NESTED, stride = (i64)gridDim.x * WARPS;
     const i64 whole = is_aligned(absmax, 16) && is_aligned(absmax_codes, 8) ? count / NESTED : 0;
     // Neighbouring nested blocks go to different multiprocessors, so that few of them also keep all busy.
     i64 block = (i64)(threadIdx.x / WARP) * gridDim.x + blockIdx.x;
-    float next[AHEAD][RUN] = {};
-#pragma unroll
-    for (int j = 0; j < AHEAD; j++)
-        if (block + j * stride < whole) load_run(absmax, block + j * stride, next[j]);
+    float next[RUN] = {};
+    if (block < whole) load_run(absmax, block, next);
     const double total = load_total(sums);
     if (threadIdx.x == 0) shared_mean = (float)(total / (double)count);
     __syncthreads();
@@ -91,25 +69,27 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
 
     const Nearest table{entries + DYNAMIC_ORIGIN, DYNAMIC_SCALE};
 #pragma unroll 1
-    for (; block < whole; block += AHEAD * stride) {
-        float r[AHEAD][RUN];
+    for (; block < whole; block += stride) {
+        float r[RUN];
 #pragma unroll
-        for (int j = 0; j < AHEAD; j++) {
+        for (int i = 0; i < RUN; i++) r[i] = __fsub_rn(next[i], mean);
+        if (block + stride < whole) load_run(absmax, block + stride, next);
+        float largest = 0.0f;
 #pragma unroll
-            for (int i = 0; i < RUN; i++) r[j][i] = __fsub_rn(next[j][i], mean);
-            const i64 later = block + (AHEAD + j) * stride;
-            if (later < whole) load_run(absmax, later, next[j]);
+        for (int i = 0; i < RUN; i++) largest = fmaxf(largest, fabsf(r[i]));
+        const unsigned m = warp_max(__float_as_uint(largest));
+        if (!is_plain(m) || __uint_as_float(m) >= FOLD_LIMIT) {
+            encode_carefully(table, absmax, block, count, mean, absmax_codes, nested_absmax);
+            continue;
         }
+        const float inverse = __fmul_rn(reciprocal(__uint_as_float(m)), table.scale);
 #pragma unroll
-        for (int j = 0; j < AHEAD; j++) {
-            const i64 own = block + j * stride;
-            if (own < whole) encode_run(table, absmax, own, count, mean, r[j], absmax_codes, nested_absmax);
-        }
+        for (int i = 0; i < RUN; i++) r[i] = __fmul_rn(r[i], inverse);
+        if (lane == 0) nested_absmax[block] = __uint_as_float(m);
+        reinterpret_cast<uint2*>(absmax_codes + block * NESTED)[lane] =
+            make_uint2(nearest_four(table, r[0], r[1], r[2], r[3]), nearest_four(table, r[4], r[5], r[6], r[7]));
     }
-    // The last block may be a part, and all of them may lie where vectors cannot be read.
-    i64 rest = (i64)(threadIdx.x / WARP) * gridDim.x + blockIdx.x;
-    if (rest < whole) rest += (whole - rest + stride - 1) / stride * stride;
 #pragma unroll 1
-    for (; rest < blocks; rest += stride)
-        encode_carefully(table, absmax, rest, count, mean, absmax_codes, nested_absmax);
+    for (; block < blocks; block += stride)
+        encode_carefully(table, absmax, block, count, mean, absmax_codes, nested_absmax);
 }
