@@ -18,7 +18,7 @@ import torch
 from fewbits import _native
 from fewbits._checks import DTYPES, check_buffer, check_matmul_4bit
 from fewbits._launch import deliver, dense, target, target_queue
-from fewbits._panel import bind, panels
+from fewbits._panel import Bound, bind, panels
 
 FEW_ROWS = 64  # for which no kernel wants a workspace, not worth the question
 
@@ -62,14 +62,19 @@ def matmul_4bit(
         pointers = (*weight.native, bias_address, result.data_ptr(), scratch_address, ordinal, queue)
         if _native.matmul_4bit(x.data_ptr(), x.shape[0], number, *pointers):
             return deliver(result, out)
-    y = result.view(-1, n)
-    for first, count, panel in panels(weight, 0, A.dtype, A.device):
-        columns = y.narrow(1, first, count)
-        if added is None:
+    multiply_panels(x, weight, added, result.view(-1, n))
+    return deliver(result, out)
+
+
+def multiply_panels(x: torch.Tensor, weight: Bound, bias: torch.Tensor | None, y: torch.Tensor) -> None:
+    """Write ``x @ W.T + bias`` to `y`, both (M, ...) and dense, by panels of rows of `W`."""
+    n = weight.shape[0]
+    for first, count, panel in panels(weight, 0, x.dtype, x.device):
+        columns = y if count == n else y.narrow(1, first, count)
+        if bias is None:
             torch.mm(x, panel.t(), out=columns)
         else:
-            torch.addmm(added.narrow(0, first, count), x, panel.t(), out=columns)
-    return deliver(result, out)
+            torch.addmm(bias if count == n else bias.narrow(0, first, count), x, panel.t(), out=columns)
 
 
 def workspace(x: torch.Tensor, n: int, ordinal: int) -> torch.Tensor | None:

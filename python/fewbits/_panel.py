@@ -81,7 +81,8 @@ def panels(
         rows, columns = (count, k) if dim == 0 else (n, count)
         place = (first, rows, 0, k) if dim == 0 else (0, n, first, columns)
         _native.dequantize_4bit_panel(*weight.native, *place, memory.data_ptr(), DTYPES[written], *target_queue(device))
-        yield first, count, memory[: rows * columns].view(rows, columns).to(dtype)
+        panel = (memory if count == step else memory[: rows * columns]).view(rows, columns)
+        yield first, count, panel if written is dtype else panel.to(dtype)
 
 
 def dequantize_4bit_rows(

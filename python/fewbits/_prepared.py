@@ -18,7 +18,8 @@ from fewbits import _native
 from fewbits._checks import BLOCKSIZES, DTYPES, QUANT_TYPES, storage_count
 from fewbits._direct import fits, nested_addresses, target_of
 from fewbits._launch import PLAIN_TYPES, is_observed
-from fewbits._matmul import FEW_ROWS, workspace
+from fewbits._matmul import FEW_ROWS, multiply_panels, workspace
+from fewbits._panel import Bound
 from fewbits.quant_state import QuantState
 
 _Tensor, _float32 = torch.Tensor, torch.float32
@@ -41,6 +42,7 @@ class Prepared:
         "absmax",
         "absmax_address",
         "base",
+        "bound",
         "device",
         "k",
         "matmul",
@@ -52,6 +54,7 @@ class Prepared:
 
     def __init__(self, B: torch.Tensor, state: QuantState, native: _Native, ordinal: int) -> None:
         self.matmul, self.n, self.k = _native.Weight4bit(*native).matmul, native[1], native[2]
+        self.bound = Bound(native, (self.n, self.k), ())
         self.device, self.ordinal, self.base = B.device, ordinal, _storage_address(B)
         self.absmax, self.absmax_address = state.absmax, state.absmax.data_ptr()
         self.plain = (state.shape, state.blocksize, state.quant_type)
@@ -117,8 +120,8 @@ def multiply(
 ) -> torch.Tensor | None:
     """Return ``A @ W.T + bias`` for the weight of codes and a state.
 
-    None if what was prepared describes them no longer, if this is not an ordinary call without gradients, or if no
-    kernel takes it. Not for the compiler: the caller asks for it before.
+    None if what was prepared describes them no longer, or if this is not an ordinary call without gradients. Not for
+    the compiler: the caller asks for it before.
     """
     absmax, (sizes, blocksize, quant_type), nested = prepared.absmax, prepared.plain, prepared.nested
     if not (
@@ -186,7 +189,9 @@ def multiply(
     else:
         scratch = workspace(A.view(m, k), n, ordinal)
         address = 0 if scratch is None else scratch.data_ptr()
-    return y if prepared.matmul(A.data_ptr(), m, number, bias_address, y.data_ptr(), address, ordinal, queue) else None
+    if not prepared.matmul(A.data_ptr(), m, number, bias_address, y.data_ptr(), address, ordinal, queue):
+        multiply_panels(A.view(m, k), prepared.bound, bias, y.view(m, n))
+    return y
 
 
 def matmul_4bit(A: Any, B: Any, state: QuantState, bias: torch.Tensor | None) -> torch.Tensor | None:
