@@ -1,4 +1,5 @@
-"""A model of Llama-8B's shape with random weights, in bf16, in bitsandbytes' NF4 and in ours: decode, prefill, QLoRA.
+"""A model of Llama-8B's layers with a vocabulary of 32000 and random weights: decode, prefill and QLoRA in bf16, in
+bitsandbytes' NF4 and in ours.
 
     python benches/bench_llama.py --device cuda
     python benches/bench_llama.py --device cuda --only decode --layers 8
@@ -65,7 +66,7 @@ def config() -> transformers.LlamaConfig:
         "num_hidden_layers": ARGS.layers,
         "num_attention_heads": 32,
         "num_key_value_heads": 8,
-        "vocab_size": 128256,
+        "vocab_size": 32000,
     }
     if ARGS.tiny:
         sizes = {

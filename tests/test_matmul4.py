@@ -13,7 +13,7 @@ from torch import nn
 import fewbits
 import fewbits.functional as F
 from arrays import DTYPES, assert_same_bits
-from fewbits import _checks, _native, _panel
+from fewbits import _checks, _matmul, _native, _panel
 from fewbits._launch import target_queue
 from fewbits._states import dequantize_as
 from products import assert_rounded_once, distance, truth_of
@@ -216,11 +216,14 @@ def fused(weight: Weight, x: torch.Tensor) -> torch.Tensor | None:
     """The product by whatever fused kernel takes it, or None."""
     n, _ = weight.state.shape  # type: ignore[misc]
     out = torch.full((x.shape[0], n), torch.nan, dtype=x.dtype, device=x.device)
+    ordinal, queue = target_queue(x.device)
+    scratch = _matmul.workspace(x, n, ordinal)
+    where = (0 if scratch is None else scratch.data_ptr(), ordinal, queue)
     arguments = (x.data_ptr(), x.shape[0], _checks.DTYPES[x.dtype], *weight.bound().native, 0, out.data_ptr())
-    if not _native.matmul_4bit(*arguments, *target_queue(x.device)):  # type: ignore[arg-type]
+    if not _native.matmul_4bit(*arguments, *where):  # type: ignore[arg-type]
         return None
     again = torch.full_like(out, torch.nan)
-    rest = (0, again.data_ptr(), *target_queue(x.device))
+    rest = (0, again.data_ptr(), *where)
     assert _native.Weight4bit(*weight.bound().native).matmul(*arguments[:3], *rest)  # type: ignore[arg-type]
     assert_same_bits(again, out, "by Weight4bit")
     return out
@@ -391,7 +394,7 @@ NATIVE_ERRORS = [
     ({8: 0}, "absmax: got a null address"),
     ({11: 48}, "nested_absmax: got a null address"),
     ({14: 0}, "out: got a null address"),
-    ({15: -2}, "device: got -2"),
+    ({16: -2}, "device: got -2"),
 ]
 
 
@@ -400,7 +403,7 @@ def test_native_arguments(changes: dict[int, int], match: str) -> None:
     """Both native ways refuse the same, before anything is written."""
     weight = Weight(24, 96, torch.device("cpu"))
     x, out = randn(2, 96), torch.full((2, 24), -7.0)
-    numbers = [x.data_ptr(), 2, 0, *weight.bound().native, 0, out.data_ptr(), -1, 1]
+    numbers = [x.data_ptr(), 2, 0, *weight.bound().native, 0, out.data_ptr(), 0, -1, 1]
     for place, value in changes.items():
         numbers[place] = value
     with pytest.raises(ValueError, match=f"^{match}"):

@@ -64,6 +64,7 @@ def multiply(
         *nested,
         0 if bias is None else bias.data_ptr(),
         out.data_ptr(),
+        0,
         -1,
         threads,
     )
@@ -189,7 +190,7 @@ codes, absmax = torch.zeros(1024, dtype=torch.uint8), torch.ones(32)
 x, out = torch.ones(2, 64), torch.empty(2, 32)
 try:
     print(_native.matmul_4bit(x.data_ptr(), 2, 0, codes.data_ptr(), 32, 64, 64, 0, absmax.data_ptr(), 0, 0, 0, 0, 0,
-                              out.data_ptr(), -1, 1))
+                              out.data_ptr(), 0, -1, 1))
 except ValueError as error:
     print(error)
 """

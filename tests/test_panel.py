@@ -94,8 +94,8 @@ def test_rectangles(
     (first_row, rows), (first_column, columns) = cut(data, n, 1), cut(data, k, 32)
     memory = poisoned(rows, columns, dtype, device, out_shift)
     place = (first_row, rows, first_column, columns)
-    address = memory[8 + out_shift :].data_ptr()
-    _native.dequantize_4bit_panel(*weight.bound.native, *place, address, NUMBERS[dtype], *target_queue(device))
+    where = (memory[8 + out_shift :].data_ptr(), NUMBERS[dtype], *target_queue(memory.device))
+    _native.dequantize_4bit_panel(*weight.bound.native, *place, *where)
     expected = weight.dequantized(dtype)[first_row : first_row + rows, first_column : first_column + columns]
     assert_written(memory, out_shift, expected)
 
@@ -130,7 +130,7 @@ def test_rows_by_index(
     memory = poisoned(len(picks), k, dtype, device, out_shift)
     address = memory[8 + out_shift :].data_ptr()
     where = (indices.data_ptr(), index_dtype == torch.int64, len(picks), address)
-    _native.dequantize_4bit_rows(*weight.bound.native, *where, NUMBERS[dtype], *target_queue(device))
+    _native.dequantize_4bit_rows(*weight.bound.native, *where, NUMBERS[dtype], *target_queue(memory.device))
     assert_written(memory, out_shift, weight.dequantized(dtype)[indices.long()])
 
 
@@ -143,7 +143,7 @@ def test_an_index_of_no_row(dtype: torch.dtype, bad: int, k: int, device: torch.
     indices = torch.tensor([4, bad, 2], dtype=dtype, device=device)
     memory = poisoned(3, k, torch.float32, device, 0)
     where = (indices.data_ptr(), dtype == torch.int64, 3, memory[8:].data_ptr())
-    call = (*weight.bound.native, *where, NUMBERS[torch.float32], *target_queue(device))
+    call = (*weight.bound.native, *where, NUMBERS[torch.float32], *target_queue(memory.device))
     if device.type == "cpu":
         with pytest.raises(IndexError, match=rf"indices: got {bad} at place 1, expected 0 to 4"):
             _native.dequantize_4bit_rows(*call)

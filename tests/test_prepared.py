@@ -51,7 +51,7 @@ class Weight:
     def __init__(self, *numbers: int) -> None:
         self.numbers = numbers
 
-    def matmul(self, x: int, m: int, number: int, bias: int, out: int, device: int, queue: int) -> bool:
+    def matmul(self, x: int, m: int, number: int, bias: int, out: int, workspace: int, device: int, queue: int) -> bool:
         self.kernel.calls += 1
         _, n, k, *_ = self.numbers
         dtype = TYPES[number]

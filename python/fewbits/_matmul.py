@@ -20,6 +20,8 @@ from fewbits._checks import DTYPES, check_buffer, check_matmul_4bit
 from fewbits._launch import deliver, dense, target, target_queue
 from fewbits._panel import bind, panels
 
+FEW_ROWS = 64  # for which no kernel wants a workspace, not worth the question
+
 
 def matmul_4bit(
     A: torch.Tensor,
@@ -54,7 +56,10 @@ def matmul_4bit(
     number = DTYPES.get(A.dtype)
     if number is not None:
         bias_address = 0 if added is None else added.data_ptr()
-        pointers = (*weight.native, bias_address, result.data_ptr(), *target_queue(A.device))
+        ordinal, queue = target_queue(A.device)
+        scratch = workspace(x, n, ordinal)
+        scratch_address = 0 if scratch is None else scratch.data_ptr()
+        pointers = (*weight.native, bias_address, result.data_ptr(), scratch_address, ordinal, queue)
         if _native.matmul_4bit(x.data_ptr(), x.shape[0], number, *pointers):
             return deliver(result, out)
     y = result.view(-1, n)
@@ -65,6 +70,14 @@ def matmul_4bit(
         else:
             torch.addmm(added.narrow(0, first, count), x, panel.t(), out=columns)
     return deliver(result, out)
+
+
+def workspace(x: torch.Tensor, n: int, ordinal: int) -> torch.Tensor | None:
+    """Return memory with which the native product of `x` (M, K) with a weight of `n` rows is faster, if any."""
+    m, k = x.shape
+    if ordinal < 0 or m <= FEW_ROWS or not (size := _native.matmul_4bit_workspace_size(m, n, k, ordinal)):
+        return None
+    return x.new_empty(size, dtype=torch.uint8)
 
 
 def matmul_4bit_grad(

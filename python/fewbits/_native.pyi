@@ -39,6 +39,7 @@ __all__ = [
     "driver_info",
     "images",
     "matmul_4bit",
+    "matmul_4bit_workspace_size",
     "nested_workspace_size",
     "optim_control",
     "optim_norms",
@@ -117,9 +118,11 @@ def matmul_4bit(
     offset: int,
     bias: int,
     out: int,
+    workspace: int,
     device: int,
     queue: int,
 ) -> bool: ...
+def matmul_4bit_workspace_size(m: int, n: int, k: int, device: int) -> int: ...
 def dequantize_4bit_panel(
     codes: int,
     n: int,
@@ -175,7 +178,9 @@ class Weight4bit:
         nested_blocksize: int,
         offset: int,
     ) -> Weight4bit: ...
-    def matmul(self, x: int, m: int, dtype: int, bias: int, out: int, device: int, queue: int) -> bool: ...
+    def matmul(
+        self, x: int, m: int, dtype: int, bias: int, out: int, workspace: int, device: int, queue: int
+    ) -> bool: ...
 
 def optim_step(
     family: int,

@@ -18,6 +18,7 @@ from fewbits import _native
 from fewbits._checks import BLOCKSIZES, DTYPES, QUANT_TYPES, storage_count
 from fewbits._direct import fits, nested_addresses, target_of
 from fewbits._launch import PLAIN_TYPES, is_observed
+from fewbits._matmul import FEW_ROWS, workspace
 from fewbits.quant_state import QuantState
 
 _Tensor, _float32 = torch.Tensor, torch.float32
@@ -175,11 +176,17 @@ def multiply(
             return None
         y = A.new_empty(m, n)
     else:
-        m = A.numel() // prepared.k
-        if shape[-1:] != (prepared.k,) or not m:
+        k = prepared.k
+        m = A.numel() // k
+        if shape[-1:] != (k,) or not m:
             return None
         y = A.new_empty(*shape[:-1], n)
-    return y if prepared.matmul(A.data_ptr(), m, number, bias_address, y.data_ptr(), ordinal, queue) else None
+    if m <= FEW_ROWS or ordinal < 0:
+        address = 0
+    else:
+        scratch = workspace(A.view(m, k), n, ordinal)
+        address = 0 if scratch is None else scratch.data_ptr()
+    return y if prepared.matmul(A.data_ptr(), m, number, bias_address, y.data_ptr(), address, ordinal, queue) else None
 
 
 def matmul_4bit(A: Any, B: Any, state: QuantState, bias: torch.Tensor | None) -> torch.Tensor | None:

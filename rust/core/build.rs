@@ -122,8 +122,8 @@ fn build() -> Result<()> {
 
     let mut table = String::from("pub static IMAGES: &[Image] = &[\n");
     for (family, target, _) in &jobs {
-        let path = out.join(format!("{family}.{target}.z"));
-        writeln!(table, "    Image {{ family: {family:?}, target: {target:?}, deflated: include_bytes!({path:?}) }},")?;
+        let path = out.join(format!("{family}.{target}.br"));
+        writeln!(table, "    Image {{ family: {family:?}, target: {target:?}, packed: include_bytes!({path:?}) }},")?;
     }
     table.push_str("];\n");
     fs::write(out.join("images.rs"), table)?;
@@ -143,14 +143,17 @@ fn image(
     (source, headers, target, OPTIONS, &nvrtc.version).hash(&mut hasher);
     let stamp = format!("{:016x}", hasher.finish());
     let (stamp_path, image_path) =
-        (out.join(format!("{family}.{target}.stamp")), out.join(format!("{family}.{target}.z")));
+        (out.join(format!("{family}.{target}.stamp")), out.join(format!("{family}.{target}.br")));
     if image_path.exists() && fs::read_to_string(&stamp_path).is_ok_and(|s| s == stamp) {
         return Ok(());
     }
     let image = nvrtc.compile(&format!("{family}.cu"), source, headers, target, &OPTIONS)?;
-    let mut deflater = flate2::write::ZlibEncoder::new(Vec::new(), flate2::Compression::best());
-    std::io::Write::write_all(&mut deflater, &image)?;
-    fs::write(image_path, deflater.finish()?)?;
+    // Half of what zlib makes of it: instances of a template repeat each other further back than its window reaches.
+    let parameters =
+        brotli::enc::BrotliEncoderParams { quality: 10, lgwin: 24, size_hint: image.len(), ..Default::default() };
+    let mut packed = Vec::new();
+    brotli::BrotliCompress(&mut image.as_slice(), &mut packed, &parameters)?;
+    fs::write(image_path, packed)?;
     fs::write(stamp_path, stamp)?;
     Ok(())
 }

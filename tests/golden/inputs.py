@@ -51,6 +51,28 @@ LINEARS = [
 ]
 
 
+# Optimizers whose checkpoints are kept, with their arguments. Shapes: 8-bit states with a ragged last block, and one
+# that is too small for 8 bits.
+OPTIMIZERS: dict[str, dict[str, object]] = {
+    "Adam": {},
+    "AdamW8bit": {},
+    "AdEMAMix8bit": {"t_alpha": 10, "t_beta3": 10},
+    "Lion8bit": {},
+    "SGD8bit": {"lr": 0.1, "momentum": 0.9},
+    "RMSprop8bit": {},
+    "Adagrad8bit": {},
+    "LAMB8bit": {},
+    "LARS8bit": {"lr": 0.1, "momentum": 0.9},
+    "PagedAdamW8bit": {},
+}
+OPTIMIZER_SHAPES = [(64, 81), (33,)]
+OPTIMIZER_STEPS = 3
+
+
+def gradient(shape: tuple[int, ...], step: int) -> torch.Tensor:
+    return ordinary(shape, torch.float32).flatten().roll(1 + 7 * step).view(shape) * (1 + 0.1 * step)
+
+
 def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 

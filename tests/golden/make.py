@@ -17,7 +17,19 @@ import bitsandbytes
 import bitsandbytes.functional as bnb
 import torch
 from bitsandbytes.nn import Linear4bit
-from inputs import CASES_4BIT, CASES_8BIT, LINEARS, all_bytes, case_name, linear_name, ordinary
+from inputs import (
+    CASES_4BIT,
+    CASES_8BIT,
+    LINEARS,
+    OPTIMIZER_SHAPES,
+    OPTIMIZER_STEPS,
+    OPTIMIZERS,
+    all_bytes,
+    case_name,
+    gradient,
+    linear_name,
+    ordinary,
+)
 from safetensors.torch import save_file
 
 HERE = Path(__file__).parent
@@ -101,10 +113,33 @@ def linears() -> None:
         save(linear_name(case), state)
 
 
+def optimizers() -> None:
+    """state_dict of each optimizer after some steps, the parameters then, and after one step more."""
+    for name, kwargs in OPTIMIZERS.items():
+        params = [torch.nn.Parameter(ordinary(shape, torch.float32)) for shape in OPTIMIZER_SHAPES]
+        optimizer = getattr(bitsandbytes.optim, name)(params, **kwargs)
+        out = {}
+        for step in range(OPTIMIZER_STEPS + 1):
+            for p in params:
+                p.grad = gradient(tuple(p.shape), step)
+            if step == OPTIMIZER_STEPS:
+                saved = optimizer.state_dict()
+                out |= {f"before/{i}": p.detach().clone() for i, p in enumerate(params)}
+                notes = {"param_groups": saved["param_groups"], "steps": {}}
+                for i, state in saved["state"].items():
+                    notes["steps"][i] = state["step"]
+                    for key, value in state["__bnb_optimizer_quant_state__"].items():
+                        out[f"state/{i}/{key}"] = value.clone()
+            optimizer.step()
+        out |= {f"after/{i}": p.detach() for i, p in enumerate(params)}
+        save(f"optimizer-{name}", out, **notes)
+
+
 if __name__ == "__main__":
     assert bitsandbytes.__version__ == VERSION, bitsandbytes.__version__
     blockwise_4bit()
     decode_4bit()
     blockwise_8bit()
     linears()
+    optimizers()
     print(sum(f.stat().st_size for f in HERE.glob("*.safetensors")), "bytes")

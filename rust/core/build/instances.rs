@@ -10,6 +10,9 @@ pub fn header() -> crate::Result<String> {
         String::from("// Written by build.rs from src/matmul4_instances.rs.\n#pragma once\n#define SKINNY_INSTANCES");
     for_types(|kind, element, scales, nested| {
         for s in SKINNY {
+            if nested && !s.takes_nested() {
+                continue;
+            }
             let (tokens, kept) = match s.tokens {
                 Tokens::Held(stages) => ("HELD", stages),
                 Tokens::Read => ("READ", 0),

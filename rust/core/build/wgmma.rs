@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 /// The header's text: for each type and number of columns, `d += a b` with `a` (64 x 16) in registers.
 pub fn header() -> crate::Result<String> {
     let mut text = String::from(
-        "// Written by build.rs. d += a b on a warpgroup (`start`: d = a b): a 64 x 16 from registers, b 16 x N from shared memory by its descriptor, d in\n\
+        "// Written by build.rs. d += a b on a warpgroup (`start`: d = a b; `multiply_if`: that, unless `add`): a 64 x 16 from registers, b 16 x N from shared memory by its descriptor, d in\n\
          // float32. The caller fences, commits and waits.\n\
          #pragma once\n\
          template <class E, int N>\nstruct Wgmma;\n",
@@ -35,6 +35,15 @@ fn product(text: &mut String, element: &str, kind: &str, columns: usize) -> crat
                      : {operands}\n                     : \"r\"(a[0]), \"r\"(a[1]), \"r\"(a[2]), \"r\"(a[3]), \"l\"(b));\n    }}"
         )?;
     }
+    let add = sums + 5;
+    writeln!(
+        text,
+        "    static __device__ __forceinline__ void multiply_if(float (&d)[{sums}], const unsigned (&a)[4], unsigned long long b, int add) \
+         {{\n        asm volatile(\"{{\\n.reg .pred add;\\nsetp.ne.b32 add, %{add}, 0;\\n\"\n                     \
+             \"wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.{kind}.{kind} {{{numbers}}}, \"\n                     \
+             \"{{%{a0}, %{a1}, %{a2}, %{a3}}}, %{b}, add, 1, 1, 0;\\n}}\"\n                     \
+             : {outputs}\n                     : \"r\"(a[0]), \"r\"(a[1]), \"r\"(a[2]), \"r\"(a[3]), \"l\"(b), \"r\"(add));\n    }}"
+    )?;
     writeln!(text, "}};")?;
     Ok(())
 }

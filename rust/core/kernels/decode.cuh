@@ -56,7 +56,8 @@ __device__ __forceinline__ Decode4 load_values_4bit(float (&shared)[16], int qua
     return Decode4{shared};
 }
 
-// A copy of the code of nested scales in shared memory; no code means the signed dynamic map. For 256 threads.
-__device__ __forceinline__ void load_nested_code(float (&shared)[256], const float* code) {
-    shared[threadIdx.x] = code ? code[threadIdx.x] : DYNAMIC_VALUES[threadIdx.x];
+// Copies the 256 values of the code of nested scales into shared memory; no code means the signed dynamic map. The caller
+// synchronizes.
+__device__ __forceinline__ void load_nested_code(float* shared, const float* code) {
+    for (int i = threadIdx.x; i < 256; i += blockDim.x) shared[i] = code ? code[i] : DYNAMIC_VALUES[i];
 }

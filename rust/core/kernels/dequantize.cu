@@ -7,7 +7,7 @@
 //
 // Work: a lane turns 8 codes (float32: 4) into one 16-byte store, UNROLL of them in flight, so that a warp writes 512
 // consecutive bytes at a time. Sixteen float32 values lie in sixteen banks of shared memory and never conflict; the 256 of an
-// 8-bit code stand there in COPIES copies, which leaves two lanes a bank.
+// 8-bit code stand there in COPIES copies, which leaves two lanes a bank. Both are written while the kernel before ends.
 #include "decode.cuh"
 
 constexpr int THREADS = 256;
@@ -84,8 +84,8 @@ __device__ __forceinline__ void dequantize(const u8* codes, const Decode& decode
     }
 }
 
-// Asks for this thread's first codes and their scale while the tables are being loaded. A small tensor is bound by such latencies;
-// a large one would only pay for the instructions.
+// Asks for this thread's first codes and their scale while tables are being written. A small tensor is bound by such latencies; a
+// large one would only pay for the instructions.
 template <class E, class Absmax>
 __device__ __forceinline__ void prefetch_first(const u8* codes, const Absmax& absmax, i64 n, int codes_a_byte,
                                                int log2_blocksize, int rows) {
@@ -107,8 +107,10 @@ __device__ __forceinline__ void copy_value(float (&values)[256 * COPIES], float 
         const u8* codes, const float* absmax, E::storage* out, i64 n, int log2_blocksize, int quant_type, int rows) {    \
         __shared__ float values[16];                                                                                     \
         const PlainAbsmax scale{absmax};                                                                                 \
-        prefetch_first<E>(codes, scale, n, 2, log2_blocksize, rows);                                                     \
         const Decode4 decode = load_values_4bit(values, quant_type);                                                     \
+        wait_for_previous_kernel();                                                                                      \
+        let_next_kernel_start();                                                                                         \
+        prefetch_first<E>(codes, scale, n, 2, log2_blocksize, rows);                                                     \
         __syncthreads();                                                                                                 \
         dequantize<E>(codes, decode, scale, out, n, log2_blocksize, rows);                                               \
     }                                                                                                                    \
@@ -117,10 +119,13 @@ __device__ __forceinline__ void copy_value(float (&values)[256 * COPIES], float 
         int log2_nested_blocksize, const float* offset, E::storage* out, i64 n, int log2_blocksize, int quant_type,      \
         int rows) {                                                                                                      \
         __shared__ float values[16], nested[256];                                                                        \
+        const Decode4 decode = load_values_4bit(values, quant_type);                                                     \
+        if (!nested_code) load_nested_code(nested, nullptr);                                                             \
+        wait_for_previous_kernel();                                                                                      \
+        let_next_kernel_start();                                                                                         \
         const NestedAbsmax scale{absmax_codes, nested, nested_absmax, log2_nested_blocksize, *offset};                   \
         prefetch_first<E>(codes, scale, n, 2, log2_blocksize, rows);                                                     \
-        const Decode4 decode = load_values_4bit(values, quant_type);                                                     \
-        load_nested_code(nested, nested_code);                                                                           \
+        if (nested_code) load_nested_code(nested, nested_code);                                                          \
         __syncthreads();                                                                                                 \
         dequantize<E>(codes, decode, scale, out, n, log2_blocksize, rows);                                               \
     }                                                                                                                    \
@@ -128,8 +133,11 @@ __device__ __forceinline__ void copy_value(float (&values)[256 * COPIES], float 
         const u8* codes, const float* code, const float* absmax, E::storage* out, i64 n, int log2_blocksize, int rows) { \
         __shared__ __align__(16) float values[256 * COPIES];                                                             \
         const PlainAbsmax scale{absmax};                                                                                 \
+        if (!code) copy_value(values, DYNAMIC_VALUES[threadIdx.x]);                                                      \
+        wait_for_previous_kernel();                                                                                      \
+        let_next_kernel_start();                                                                                         \
         prefetch_first<E>(codes, scale, n, 1, log2_blocksize, rows);                                                     \
-        copy_value(values, code ? code[threadIdx.x] : DYNAMIC_VALUES[threadIdx.x]);                                      \
+        if (code) copy_value(values, code[threadIdx.x]);                                                                 \
         __syncthreads();                                                                                                 \
         const Decode8 decode{values + threadIdx.x % COPIES};                                                             \
         dequantize<E>(codes, decode, scale, out, n, log2_blocksize, rows);                                               \

@@ -21,12 +21,6 @@ struct alignas(64) TensorMap {
     unsigned char opaque[128];
 };
 
-// Fills 256 floats of shared memory with the values of a nested code; the caller synchronizes.
-__device__ __forceinline__ void load_nested_code(float* shared, const NestedSource& source) {
-    for (int i = threadIdx.x; i < 256; i += blockDim.x)
-        shared[i] = source.code ? source.code[i] : DYNAMIC_VALUES[i];
-}
-
 // What depends on the type of the activations.
 struct ProductBF16 : BF16 {
     static constexpr float NF4_FACTOR = NF4_BF16_FACTOR, FP4_FACTOR = FP4_BF16_FACTOR;

@@ -15,22 +15,12 @@
 #include "matmul4_hopper.cuh"
 #include "matmul4_instances.cuh"
 
-struct Problem {
-    TensorMap codes;   // bytes, n x k / 2; boxes of ROWS x 128, swizzled by 128 bytes
-    TensorMap scales;  // n x k / blocksize float32 or u8; boxes of ROWS x 16 bytes
-    TensorMap tokens;  // m x k of E; boxes of COLUMNS x 64, swizzled by 128 bytes
-    NestedSource nested;
-    Output out;
-    int k, log2_blocksize, quant_type;
-};
-
-constexpr int SLOT_COLUMNS = 256;  // of a slot of codes
-constexpr int STEP = 64;           // columns of a slot of tokens
-
 template <class E, bool NESTED, int COLUMNS, int GROUPS, int HALVES, int SPLIT, int CODE_SLOTS, int TOKEN_SLOTS>
 struct Mid {
     static constexpr int SUMS = COLUMNS / 2;  // of a thread
     static constexpr int ROWS = 64 * GROUPS, CONSUMERS = 128 * GROUPS * HALVES, THREADS = CONSUMERS + 128;
+    // An assembler that knows that old sums do not matter takes new registers at each step.
+    static constexpr bool FEW_REGISTERS = GROUPS * HALVES == 4;
     static constexpr int CODES = ROWS * SLOT_COLUMNS / 2, SCALES = ROWS * 16, TOKENS = COLUMNS * STEP * 2;
     typedef PairTable<E, 256> Table;
     // From the bottom: what the system takes, barriers, the nested code, scales, results; slots of codes that find room; the table;
@@ -55,15 +45,11 @@ struct Mid {
     }
     // This block's slots of a row.
     static __device__ __forceinline__ int slot_bound(const Problem& p, unsigned part) {
-        return (p.k + SLOT_COLUMNS - 1) / SLOT_COLUMNS * part / SPLIT;
+        return p.slot_count() * part / SPLIT;
     }
     static __device__ __forceinline__ unsigned code_slot(unsigned base, int slot) {
         return base + (slot < BELOW ? TABLE - (slot + 1) * CODES : CODE_RING + (slot - BELOW) * CODES);
     }
-    static __device__ __forceinline__ int first_scale(const Problem& p, int slot) {
-        return (slot * SLOT_COLUMNS >> p.log2_blocksize) & (NESTED ? ~15 : ~3);
-    }
-
     static __device__ __forceinline__ void produce(const Problem& p, unsigned base, const Barriers& barriers, unsigned rank) {
         Cursor<CODE_SLOTS> c;
         Cursor<TOKEN_SLOTS> t;
@@ -75,9 +61,9 @@ struct Mid {
                 const unsigned codes_here = barriers.codes_here + c.slot * 8;
                 expect_bytes(codes_here, CODES + SCALES);
                 copy_box(code_slot(base, c.slot), &p.codes, slot * SLOT_COLUMNS / 2, row, codes_here);
-                copy_box(base + SCALE_RING + c.slot * SCALES, &p.scales, first_scale(p, slot), row, codes_here);
+                copy_box(base + SCALE_RING + c.slot * SCALES, &p.scales, p.first_scale(slot, NESTED), row, codes_here);
                 c.next();
-                for (int q = 0; q < SLOT_COLUMNS / STEP; q++) {
+                for (int q = 0; q < SLOT_STEPS; q++) {
                     wait_mbarrier(barriers.tokens_free + t.slot * 8, t.round ^ 1);
                     const unsigned here = barriers.tokens_here + t.slot * 8;
                     expect_bytes(here, TOKENS);
@@ -92,25 +78,14 @@ struct Mid {
     struct Decoder {
         unsigned lane_base, select;  // the permutation that puts byte t of a word into the table's address
         int row;
-        const float* nested_code;
-        float offset, inverse_factor;
+        float inverse_factor;
 
-        __device__ __forceinline__ Decoder(const Problem& p, unsigned base, const float* nested_code) : nested_code(nested_code) {
+        __device__ __forceinline__ Decoder(const Problem& p, unsigned base) {
             const int lane = threadIdx.x % WARP;
             lane_base = (base + TABLE) | (lane * 4);
             select = 0x7604 | (lane % 4) << 4;
             row = threadIdx.x / WARP % (4 * GROUPS) * 16 + lane / 4;
-            offset = NESTED ? *p.nested.offset : 0.0f;
             inverse_factor = 1.0f / product_factor<E>(p.quant_type);
-        }
-
-        __device__ __forceinline__ float scale(const Problem& p, unsigned scales, int row0, int slot, int q, int below) const {
-            const int block = (slot * SLOT_COLUMNS + q * STEP) >> p.log2_blocksize, within = block - first_scale(p, slot);
-            const unsigned at = scales + (row + below) * 16;
-            if (!NESTED) return __uint_as_float(load_shared(at + within * 4)) * inverse_factor;
-            const int pitch = p.k >> p.log2_blocksize;
-            const i64 index = (i64)min(row0 + row + below, p.out.n - 1) * pitch + min(block, pitch - 1);
-            return nested_scale(nested_code[load_shared_u8(at + within)], p.nested.absmax_of(index), offset) * inverse_factor;
         }
 
         __device__ __forceinline__ unsigned pair(unsigned word) const { return load_shared(permute_bytes(word, lane_base, select)); }
@@ -134,19 +109,24 @@ struct Mid {
 
     static __device__ __forceinline__ void consume(const Problem& p, unsigned base, const Barriers& barriers, const float* nested_code,
                                                    unsigned rank) {
-        constexpr int STEPS = SLOT_COLUMNS / STEP / HALVES;  // of a slot, for this warpgroup
+        constexpr int STEPS = SLOT_STEPS / HALVES;  // of a slot, for this warpgroup
         const int half = threadIdx.x / (128 * GROUPS), warp = threadIdx.x / WARP % (4 * GROUPS), lane = threadIdx.x % WARP;
-        const Decoder decoder(p, base, nested_code);
+        const Decoder decoder(p, base);
+        RowScales<NESTED> row_scales(p, nested_code, decoder.row);
         Cursor<CODE_SLOTS> c;
         Cursor<TOKEN_SLOTS> t;
         t.slot = half;
+        const int never = p.k == 0;
         const int tiles = tile_count(p), first = slot_bound(p, rank), last = slot_bound(p, rank + 1);
         for (int tile = blockIdx.x / SPLIT; tile < tiles; tile += gridDim.x / SPLIT) {
             const int row0 = row_of(p, tile), token = token_of(p, tile);
             float sum[SUMS];
 #pragma unroll
             for (int i = 0; i < SUMS; i++) sum[i] = 0.0f;
+            row_scales.start(p, row0, first);
+            float part[SUMS] = {};
             for (int slot = first; slot < last; slot++) {
+                row_scales.advance(p, row0, slot);
                 wait_mbarrier(barriers.codes_here + c.slot * 8, c.round);
                 const unsigned codes = code_slot(base, c.slot), scales = base + SCALE_RING + c.slot * SCALES;
                 unsigned a[2][4][4];
@@ -157,14 +137,17 @@ struct Mid {
                     wait_mbarrier(barriers.tokens_here + t.slot * 8, t.round);
                     fence_products();
                     const unsigned long long tokens = token_descriptor(base + TOKEN_RING + t.slot * TOKENS);
-                    float part[SUMS];
-                    Wgmma<E, COLUMNS>::start(part, a[i % 2][0], tokens);
+                    if (FEW_REGISTERS)
+                        Wgmma<E, COLUMNS>::multiply_if(part, a[i % 2][0], tokens, never);
+                    else
+                        Wgmma<E, COLUMNS>::start(part, a[i % 2][0], tokens);
 #pragma unroll
                     for (int s = 1; s < 4; s++) Wgmma<E, COLUMNS>::multiply(part, a[i % 2][s], tokens + s * 2);
                     commit_products();
                     // The next fragments while the tensor cores multiply these.
                     if (i + 1 < STEPS) decoder.decode(codes, q + HALVES, a[(i + 1) % 2]);
-                    const float upper = decoder.scale(p, scales, row0, slot, q, 0), lower = decoder.scale(p, scales, row0, slot, q, 8);
+                    const float upper = row_scales.template read<0>(p, scales, slot, q) * decoder.inverse_factor;
+                    const float lower = row_scales.template read<1>(p, scales, slot, q) * decoder.inverse_factor;
                     wait_for_products<0>();
                     if (threadIdx.x % 128 == 0) arrive(barriers.tokens_free + t.slot * 8);
                     t.slot += HALVES;
@@ -228,11 +211,13 @@ struct Mid {
                 init_mbarrier(barriers.tokens_free + i * 8, GROUPS);
             }
             publish_mbarriers();
+            prefetch_map(&p.codes), prefetch_map(&p.scales), prefetch_map(&p.tokens);
         }
         Table::fill(base + TABLE, p.quant_type);
+        if (NESTED && !p.nested.code) load_nested_code(nested_code, nullptr);
         wait_for_previous_kernel();
         let_next_kernel_start();
-        if (NESTED) load_nested_code(nested_code, p.nested);
+        if (NESTED && p.nested.code) load_nested_code(nested_code, p.nested.code);
         __syncthreads();
         if (threadIdx.x >= CONSUMERS) {
             release_registers<GROUPS * HALVES == 2 ? 40 : 32>();

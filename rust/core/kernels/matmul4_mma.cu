@@ -159,7 +159,7 @@ struct Few {
         const int per = (int)((p.k + STAGE * WARPS - 1) / (STAGE * WARPS));  // stages of a warp in a tile
         const i64 tiles = (p.n + TILE - 1) / TILE, own = (tiles - blockIdx.x + gridDim.x - 1) / gridDim.x;
         Table::fill(table, p.quant_type);
-        if (Scales::NESTED) load_nested_code(nested, p.nested);
+        if (Scales::NESTED) load_nested_code(nested, p.nested.code);
         const Scales scales(p, nested, 1.0f / product_factor<E>(p.quant_type));
 
         Place asked{(i64)blockIdx.x * TILE, warp}, scaled = asked;

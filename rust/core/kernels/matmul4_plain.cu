@@ -40,7 +40,7 @@ __device__ __forceinline__ void multiply(const Problem& p) {
     typedef typename E::storage storage;
     __shared__ float values[16], nested_code[256];
     if (threadIdx.x < 16) values[threadIdx.x] = (p.quant_type == QUANT_TYPE_FP4 ? FP4_VALUES : NF4_VALUES)[threadIdx.x];
-    if (NESTED) load_nested_code(nested_code, p.nested);
+    if (NESTED) load_nested_code(nested_code, p.nested.code);
     __syncthreads();
     const float offset = NESTED ? *p.nested.offset : 0.0f;
     const int lane = threadIdx.x % WARP;

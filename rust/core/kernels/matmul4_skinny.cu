@@ -49,7 +49,8 @@ struct Skinny {
     static constexpr int SLOT = CODES + TOKEN_BYTES, SCALES = ROWS * 16, RING = DEPTH * SLOT;
     // From the bottom: what the system takes, barriers, the nested code, scales, partial sums; rings that find room; the table;
     // the other rings.
-    static constexpr int SYSTEM = 1024, SCALE_RING = 2048, SUM_AT = SCALE_RING + WARPS * DEPTH * SCALES;
+    static constexpr int SYSTEM = 1024, SCALE_RING = 2048, DECODED = SCALE_RING + WARPS * DEPTH * SCALES;
+    static constexpr int SUM_AT = DECODED + (NESTED ? WARPS * TILE * 16 : 0);
     static constexpr int BOTTOM = SUM_AT + (IN_TABLE ? 0 : 4 * GROUPS * SUMS * BUFFERS);
     static constexpr int RINGS_BELOW = (Table::BYTES - SYSTEM - BOTTOM) / RING;
     static constexpr int BYTES = 2 * Table::BYTES - SYSTEM + (WARPS > RINGS_BELOW ? WARPS - RINGS_BELOW : 0) * RING;
@@ -118,40 +119,48 @@ struct Skinny {
                     put(tokens[i][b], half, load_shared4(from + b * 1024 * NT + (i * 8 + g) * 128 + (((2 * t + half) ^ g) << 4)));
     }
 
-    // The scales of the stage's four steps in rows 2 g and 2 g + 1.
-    static __device__ __forceinline__ void fetch_scales(const Problem& p, unsigned from, const Place& at, const float* nested_code,
-                                                        float offset, float inverse_factor, float (&scale)[2][4]) {
-        const int lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
-        const int first = at.stage * STAGE >> p.log2_blocksize, within = first - first_scale(p, at.stage);
-        if (!NESTED) {
+    // The maximum of nested scales of a stage in row lane / 2 of each fragment tile. Rows have a multiple of 16 scales, which the copy
+    // engine asks for, so a stage's have one maximum.
+    static __device__ __forceinline__ void read_maxima(const Problem& p, const Place& at, float (&maximum)[RT]) {
+        const int pitch = p.k >> p.log2_blocksize, column = min(at.stage * STAGE >> p.log2_blocksize, pitch - 1);
 #pragma unroll
-            for (int h = 0; h < 2; h++) {
-                const unsigned row = from + (2 * g + h) * 16;
-                if (p.log2_blocksize == 6) {
-                    const uint4 v = load_shared4(row);
-                    scale[h][0] = __uint_as_float(v.x), scale[h][1] = __uint_as_float(v.y);
-                    scale[h][2] = __uint_as_float(v.z), scale[h][3] = __uint_as_float(v.w);
-                } else {
+        for (int r = 0; r < RT; r++) {
+            const int row = at.row0 + r * TILE + threadIdx.x % WARP / 2;
+            maximum[r] = p.nested.absmax_of((i64)min(row, p.n - 1) * pitch + column);
+        }
+    }
+
+    // Turns a stage's nested scales into float32, row by row at `to`: each lane two of them.
+    static __device__ __forceinline__ void decode_scales(const Problem& p, unsigned from, unsigned to, int stage, float maximum,
+                                                         const float* code, float offset) {
+        const int row = threadIdx.x % WARP / 2, step = threadIdx.x % 2 * 2;
+        const int within = (stage * STAGE >> p.log2_blocksize) - first_scale(p, stage);
+        const unsigned at = from + row * 16 + within;
+        const unsigned first = load_shared_u8(at + (step * STEP >> p.log2_blocksize));
+        const unsigned second = load_shared_u8(at + ((step + 1) * STEP >> p.log2_blocksize));
+        store_shared2(to + row * 16 + step * 4, nested_scale(code[first], maximum, offset),
+                      nested_scale(code[second], maximum, offset));
+        __syncwarp();
+    }
+
+    // The scales of the stage's four steps in rows 2 g and 2 g + 1; where they lie, they are as many as blocks, or decoded.
+    static __device__ __forceinline__ void fetch_scales(const Problem& p, unsigned from, int stage, float inverse_factor,
+                                                        float (&scale)[2][4]) {
+        const int g = threadIdx.x % WARP / 4, within = (stage * STAGE >> p.log2_blocksize) - first_scale(p, stage);
 #pragma unroll
-                    for (int b = 0; b < 4; b++)
-                        scale[h][b] = __uint_as_float(load_shared(row + 4 * (within + (b * STEP >> p.log2_blocksize))));
-                }
+        for (int h = 0; h < 2; h++) {
+            const unsigned row = from + (2 * g + h) * 16;
+            if (NESTED || p.log2_blocksize == 6) {
+                const uint4 v = load_shared4(row);
+                scale[h][0] = __uint_as_float(v.x), scale[h][1] = __uint_as_float(v.y);
+                scale[h][2] = __uint_as_float(v.z), scale[h][3] = __uint_as_float(v.w);
+            } else {
 #pragma unroll
-                for (int b = 0; b < 4; b++) scale[h][b] *= inverse_factor;
+                for (int b = 0; b < 4; b++)
+                    scale[h][b] = __uint_as_float(load_shared(row + 4 * (within + (b * STEP >> p.log2_blocksize))));
             }
-        } else {
-            // Lane t decodes step t and hands it on.
-            const int mine = t * STEP >> p.log2_blocksize, pitch = p.k >> p.log2_blocksize;
 #pragma unroll
-            for (int h = 0; h < 2; h++) {
-                const int row = 2 * g + h;
-                const unsigned code = load_shared_u8(from + row * 16 + within + mine);
-                const i64 block = (i64)min(at.row0 + row, p.n - 1) * pitch + min(first + mine, pitch - 1);
-                const float absmax = p.nested.absmax_of(block);
-                const float own = nested_scale(nested_code[code], absmax, offset) * inverse_factor;
-#pragma unroll
-                for (int b = 0; b < 4; b++) scale[h][b] = __shfl_sync(FULL_WARP, own, (lane & ~3) | b);
-            }
+            for (int b = 0; b < 4; b++) scale[h][b] *= inverse_factor;
         }
     }
 
@@ -192,6 +201,7 @@ struct Skinny {
         const unsigned barriers = bottom + warp * DEPTH * 8;
         const unsigned ring = warp < RINGS_BELOW ? table - (warp + 1) * RING : table + Table::BYTES + (warp - RINGS_BELOW) * RING;
         const unsigned scale_ring = bottom + SCALE_RING + warp * DEPTH * SCALES;
+        const unsigned decoded = bottom + DECODED + warp * TILE * 16;
         float* const nested_code = reinterpret_cast<float*>(shared + 1024);
 
         const int stages = (p.k + STAGE - 1) / STAGE, per = TOKENS == HELD ? NPER : (stages + WK - 1) / WK;
@@ -210,6 +220,8 @@ struct Skinny {
 #pragma unroll
             for (int d = 0; d < DEPTH; d++) init_mbarrier(barriers + d * 8, 1);
             publish_mbarriers();
+            prefetch_map(&p.codes), prefetch_map(&p.scales);
+            if (TOKENS == COPIED) prefetch_map(&p.tokens);
             // Reading the codes must wait, bringing them near need not: a later write is seen in the L2 cache all the same.
             Place near = asked;
             for (int d = 0; d < min(p.ahead, left); d++) {
@@ -219,6 +231,7 @@ struct Skinny {
         }
         __syncwarp();
         Table::fill(table, p.quant_type);
+        if (NESTED && !p.nested.code) load_nested_code(nested_code, nullptr);
         wait_for_previous_kernel();
         if (lane == 0) {
 #pragma unroll
@@ -226,7 +239,7 @@ struct Skinny {
         }
         __syncwarp();
         let_next_kernel_start();
-        if (NESTED) load_nested_code(nested_code, p.nested);
+        if (NESTED && p.nested.code) load_nested_code(nested_code, p.nested.code);
         const float offset = NESTED ? *p.nested.offset : 0.0f, inverse_factor = 1.0f / product_factor<E>(p.quant_type);
         unsigned tokens[KEPT][NT][4][8] = {};
         if (TOKENS == HELD) {
@@ -237,13 +250,24 @@ struct Skinny {
 
         const unsigned lane_base = table | (lane * 4);
         int slot = 0, phase = 0, parity = 0;
+        // Read a stage ahead.
+        float following[RT] = {};
+        Place ahead{first * ROWS, wk};
+        if (NESTED) read_maxima(p, ahead, following);
         for (int tile = 0; tile < own; tile++) {
             const int row0 = (first + tile * in_hand) * ROWS;
             float sum[RT][NT][4] = {};
 #pragma unroll
             for (int i = 0; i < (TOKENS == HELD ? NPER : per); i++) {
-                const Place at{row0, i * WK + wk};
-                if (TOKENS == READ) read_tokens(p, at.stage, tokens[0]);
+                const int stage = i * WK + wk;
+                float maximum[RT];
+#pragma unroll
+                for (int r = 0; r < RT; r++) maximum[r] = following[r];
+                if (NESTED) {
+                    ahead.next(wk, per, in_hand * ROWS);
+                    read_maxima(p, ahead, following);
+                }
+                if (TOKENS == READ) read_tokens(p, stage, tokens[0]);
                 wait_mbarrier(barriers + slot * 8, phase);
                 const unsigned here = ring + slot * SLOT;
                 if (TOKENS == COPIED) fetch_tokens(here + CODES, tokens[0]);
@@ -252,8 +276,14 @@ struct Skinny {
                     uint2 packed[2][4];
                     float scale[2][4];
                     fetch_codes(here + r * TILE * STAGE_BYTES, packed);
-                    const Place part{row0 + r * TILE, at.stage};
-                    fetch_scales(p, scale_ring + slot * SCALES + r * TILE * 16, part, nested_code, offset, inverse_factor, scale);
+                    const unsigned scales = scale_ring + slot * SCALES + r * TILE * 16;
+                    if (NESTED) {
+                        decode_scales(p, scales, decoded, stage, maximum[r], nested_code, offset);
+                        fetch_scales(p, decoded, stage, inverse_factor, scale);
+                        __syncwarp();  // before they are written over
+                    } else {
+                        fetch_scales(p, scales, stage, inverse_factor, scale);
+                    }
                     multiply_stage<E, Table>(packed, lane_base, scale, tokens[TOKENS == HELD ? i : 0], sum[r]);
                 }
                 __syncwarp();  // everybody has read the slot

@@ -3,32 +3,36 @@
 //   x     m x k of E                       codes  n x k / 2 bytes, the first code of a pair in the high nibble
 //   y     m x n of E                       scales one a block; blocks of 2^log2_blocksize >= 64 elements lie within a row
 //
-// A warpgroup multiplies 64 rows of W, decoded into registers, by COLUMNS tokens in shared memory. The operand is bit for bit the
-// dequantized weight: a table holds the two float32 values of a byte (32 copies, one a bank), two products by the block's scale,
-// one rounding to a pair of E. The codes of the next 64 columns are decoded while the tensor cores multiply these.
+// A warpgroup multiplies 64 rows of W, decoded into registers, by COLUMNS tokens in shared memory; the codes of the next 64 columns
+// are decoded while the tensor cores multiply these. Up to 128 tokens the operand is the unscaled value of the code, as in
+// matmul4_mid.cu: one table read for two, and the sum over 64 columns is multiplied by the block's scale. With 256 there is no room
+// for such sums, and the operand is bit for bit the dequantized weight: a table holds the two float32 values of a byte (32 copies,
+// one a bank), two products by the block's scale, one rounding to a pair of E.
 //
 // Work: a cluster of two blocks takes 256 rows and COLUMNS tokens; each block has 128 of the rows, for which it decodes, and
 // fetches half of the tokens for both: without that the reads of x from the L2 cache would be the bound. In a block one thread
 // asks the copy engine for codes, scales (256 columns a slot) and tokens (64 columns a slot); two warpgroups multiply 64 rows each.
 // Clusters are persistent; consecutive tiles share rows and tokens in the L2 cache.
+//
+// So that all clusters end together, each first takes some whole tiles in turn, then an equal run of what is left, counted in slots
+// of codes: a run may begin and end within a tile. Whoever has a tile's last slots adds what those before have left in memory, in a
+// fixed order, and writes. A cluster does its run from behind: it leaves its part of a tile before it waits for a part, and waits
+// for clusters of lower number only, which therefore run or have run.
 #include "matmul4_hopper.cuh"
 #include "matmul4_instances.cuh"
 
-struct Problem {
-    TensorMap codes;   // bytes, n x k / 2; boxes of 128 x 128, swizzled by 128 bytes
-    TensorMap scales;  // n x k / blocksize float32 or u8; boxes of 128 x 16 bytes
-    TensorMap tokens;  // m x k of E; boxes of COLUMNS / 2 x 64, swizzled by 128 bytes
-    NestedSource nested;
-    Output out;
-    int k, log2_blocksize, quant_type;
-};
-
-constexpr int ROWS = 128;       // of a block; a warpgroup has half
-constexpr int SLOT_COLUMNS = 256;  // of a slot of codes
-constexpr int STEP = 64;        // columns of a slot of tokens
+constexpr int ROWS = 128;          // of a block; a warpgroup has half
 constexpr int CLUSTER = 2;
-constexpr int THREADS = 384;
-constexpr int GROUP = 16;       // tiles of rows that are walked through before the next tokens
+constexpr int CONSUMERS = 256, THREADS = CONSUMERS + 128;
+constexpr int GROUP = 16;          // tiles of rows that are walked through before the next tokens
+
+// How tiles are dealt out. Clusters of number c take tiles c, c + C, ... `rounds` times and then their run of the rest.
+struct Split {
+    // Where parts of tiles meet: 8 flags for each block (one a warp), then the sums of each block. Null where there are none.
+    unsigned char* workspace;
+    unsigned long long token;  // what a flag says of this launch's sums; no other value that the memory may hold
+    int rounds;
+};
 
 // The two values of a byte as float32, 32 copies: entry b, copy l at 256 b + 8 l.
 __device__ __forceinline__ void fill_float_table(unsigned address, int quant_type) {
@@ -42,10 +46,48 @@ __device__ __forceinline__ void fill_float_table(unsigned address, int quant_typ
     }
 }
 
+// A piece of a tile: its slots first ... last - 1.
+struct Piece {
+    int tile, first, last;
+};
+
+// A cluster's pieces, one after another.
+struct Schedule {
+    int cluster, clusters, round, rounds, tiles, slots;
+    i64 begin, end;  // of the run, in slots, counted from the first tile that is not dealt out whole
+
+    __device__ __forceinline__ Schedule(int tiles, int slots, int rounds)
+        : cluster(blockIdx.x / CLUSTER), clusters(gridDim.x / CLUSTER), round(0), rounds(rounds), tiles(tiles), slots(slots) {
+        begin = bound(cluster), end = bound(cluster + 1);
+    }
+
+    // Where the run of a cluster begins.
+    __device__ __forceinline__ i64 bound(int of) const {
+        const i64 rest = (i64)max(tiles - rounds * clusters, 0) * slots;
+        return rest * of / clusters;
+    }
+
+    __device__ __forceinline__ bool next(Piece& piece) {
+        if (round < rounds) {
+            piece = {round * clusters + cluster, 0, slots};
+            round++;
+            return piece.tile < tiles;
+        }
+        if (begin == end) return false;
+        const i64 tile = (end - 1) / slots;
+        piece.tile = rounds * clusters + (int)tile;
+        piece.last = (int)(end - tile * slots);
+        piece.first = (int)(max(begin, tile * slots) - tile * slots);
+        end -= piece.last - piece.first;
+        return true;
+    }
+};
+
 template <class E, bool NESTED, int COLUMNS, int CODE_SLOTS, int TOKEN_SLOTS>
 struct Wide {
-    typedef typename E::storage storage;
     static constexpr int SUMS = COLUMNS / 2;  // of a thread
+    static constexpr bool UNSCALED = COLUMNS <= 128;
+    typedef PairTable<E, 256> Table;
     static constexpr int CODES = ROWS * SLOT_COLUMNS / 2, SCALES = ROWS * 16, TOKENS = COLUMNS * STEP * 2;
     // From the bottom: what the system takes, barriers, codes, scales, results; the table; tokens; the nested code.
     static constexpr int SYSTEM = 1024, TABLE = 65536;
@@ -70,78 +112,58 @@ struct Wide {
         return ((p.out.n + CLUSTER * ROWS - 1) / (CLUSTER * ROWS)) * ((p.out.m + COLUMNS - 1) / COLUMNS);
     }
 
-    // Whole slots of codes: what lies past the last column reads as 0.
-    static __device__ __forceinline__ int step_count(const Problem& p) {
-        return (p.k + SLOT_COLUMNS - 1) / SLOT_COLUMNS * (SLOT_COLUMNS / STEP);
-    }
-
-    static __device__ __forceinline__ int first_scale(const Problem& p, int slot) {
-        return (slot * SLOT_COLUMNS >> p.log2_blocksize) & (NESTED ? ~15 : ~3);
-    }
-
-    static __device__ __forceinline__ void produce(const Problem& p, unsigned base, const Barriers& barriers, unsigned rank) {
+    static __device__ __forceinline__ void produce(const Problem& p, const Split& split, unsigned base, const Barriers& barriers,
+                                                   unsigned rank) {
         Cursor<CODE_SLOTS> c;
         Cursor<TOKEN_SLOTS> t;
-        const int steps = step_count(p), tiles = tile_count(p);
-        for (int index = blockIdx.x / CLUSTER; index < tiles; index += gridDim.x / CLUSTER) {
-            const Tile at = tile(p, index);
+        Schedule schedule(tile_count(p), p.slot_count(), split.rounds);
+        Piece piece;
+        while (schedule.next(piece)) {
+            const Tile at = tile(p, piece.tile);
             const int row = at.row + rank * ROWS, half = rank * (COLUMNS / 2);
-            for (int step = 0; step < steps; step++) {
-                if (step % 4 == 0) {
-                    wait_mbarrier(barriers.codes_free + c.slot * 8, c.round ^ 1);
-                    const unsigned here = barriers.codes_here + c.slot * 8;
-                    expect_bytes(here, CODES + SCALES);
-                    copy_box(base + CODE_RING + c.slot * CODES, &p.codes, step * STEP / 2, row, here);
-                    copy_box(base + SCALE_RING + c.slot * SCALES, &p.scales, first_scale(p, step / 4), row, here);
-                    c.next();
+            for (int slot = piece.first; slot < piece.last; slot++) {
+                wait_mbarrier(barriers.codes_free + c.slot * 8, c.round ^ 1);
+                const unsigned codes_here = barriers.codes_here + c.slot * 8;
+                expect_bytes(codes_here, CODES + SCALES);
+                copy_box(base + CODE_RING + c.slot * CODES, &p.codes, slot * SLOT_COLUMNS / 2, row, codes_here);
+                copy_box(base + SCALE_RING + c.slot * SCALES, &p.scales, p.first_scale(slot, NESTED), row, codes_here);
+                c.next();
+                for (int q = 0; q < SLOT_STEPS; q++) {
+                    wait_mbarrier(barriers.tokens_free + t.slot * 8, t.round ^ 1);
+                    const unsigned here = barriers.tokens_here + t.slot * 8;
+                    expect_bytes(here, TOKENS);
+                    copy_box_to_cluster(base + TOKEN_RING + t.slot * TOKENS + half * STEP * 2, &p.tokens, slot * SLOT_COLUMNS + q * STEP,
+                                        at.token + half, here, (1 << CLUSTER) - 1);
+                    t.next();
                 }
-                wait_mbarrier(barriers.tokens_free + t.slot * 8, t.round ^ 1);
-                const unsigned here = barriers.tokens_here + t.slot * 8;
-                expect_bytes(here, TOKENS);
-                copy_box_to_cluster(base + TOKEN_RING + t.slot * TOKENS + half * STEP * 2, &p.tokens, step * STEP, at.token + half, here,
-                                    (1 << CLUSTER) - 1);
-                t.next();
             }
         }
     }
 
-    // What a consumer thread needs to decode: where it is in the fragment, and its table.
+    // What a consumer thread needs to decode: its rows `row` and row + 8 of the block, and its table.
     struct Decoder {
         unsigned lane_base, select;  // the permutation that puts byte t of a word into the table's address
-        int row;                     // of the block; the other is 8 below
-        const float* nested_code;
-        float offset;
+        int row;
 
-        __device__ __forceinline__ Decoder(const Problem& p, unsigned base, const float* nested_code, int group) : nested_code(nested_code) {
+        __device__ __forceinline__ Decoder(unsigned base, int group) {
             const int lane = threadIdx.x % WARP;
-            lane_base = (base + TABLE - SYSTEM) | (lane * 8);
+            lane_base = (base + TABLE - SYSTEM) | (lane * (UNSCALED ? 4 : 8));
             select = 0x7604 | (lane % 4) << 4;
             row = group * 64 + threadIdx.x / WARP % 4 * 16 + lane / 4;
-            offset = NESTED ? *p.nested.offset : 0.0f;
-        }
-
-        __device__ __forceinline__ float scale(const Problem& p, unsigned scales, int row0, int step, int below) const {
-            const int block = step * STEP >> p.log2_blocksize, within = block - first_scale(p, step / 4);
-            const unsigned at = scales + (row + below) * 16;
-            if (!NESTED) return __uint_as_float(load_shared(at + within * 4));
-            const int pitch = p.k >> p.log2_blocksize;
-            const i64 index = (i64)min(row0 + row + below, p.out.n - 1) * pitch + min(block, pitch - 1);
-            const float absmax = p.nested.absmax_of(index);
-            return nested_scale(nested_code[load_shared_u8(at + within)], absmax, offset);
         }
 
         __device__ __forceinline__ unsigned pair(unsigned word, float scale) const {
-            const uint2 v = load_shared2(permute_bytes(word, lane_base, select));
+            const unsigned at = permute_bytes(word, lane_base, select);
+            if (UNSCALED) return load_shared(at);
+            const uint2 v = load_shared2(at);
             return E::pack2(__fmul_rn(__uint_as_float(v.x), scale), __fmul_rn(__uint_as_float(v.y), scale));
         }
 
-        // Fragments of 64 columns: step `step` of the row, in the slot of codes and scales at these addresses.
-        __device__ __forceinline__ void decode(const Problem& p, unsigned codes, unsigned scales, int row0, int step,
-                                               unsigned (&a)[4][4]) const {
-            const float upper = scale(p, scales, row0, step, 0), lower = scale(p, scales, row0, step, 8);
+        // Fragments of step q of a slot; the scales are those of rows `row` and row + 8.
+        __device__ __forceinline__ void decode(unsigned codes, int q, float upper, float lower, unsigned (&a)[4][4]) const {
 #pragma unroll
             for (int c = 0; c < 2; c++) {
-                const unsigned at = codes + row * 128 + (((step % 4 * 2 + c) ^ (row & 7)) << 4);
+                const unsigned at = codes + row * 128 + (((q * 2 + c) ^ (row & 7)) << 4);
                 const uint4 u = load_shared4(at), l = load_shared4(at + 8 * 128);
                 a[2 * c][0] = pair(u.x, upper), a[2 * c][1] = pair(l.x, lower);
                 a[2 * c][2] = pair(u.y, upper), a[2 * c][3] = pair(l.y, lower);
@@ -151,51 +173,161 @@ struct Wide {
         }
     };
 
-    static __device__ __forceinline__ void consume(const Problem& p, unsigned base, const Barriers& barriers, const float* nested_code,
-                                                   unsigned rank) {
-        const int group = threadIdx.x / 128, lane = threadIdx.x % WARP, warp = threadIdx.x / WARP % 4;
-        const Decoder decoder(p, base, nested_code, group);
+    // The slots of one piece: sum += codes * tokens, scaled. Both kinds of operand keep one group of products in flight at most.
+    struct Consumer {
+        const Problem& p;
+        const Barriers& barriers;
+        unsigned base;
+        Decoder decoder;
+        RowScales<NESTED> scales;
         Cursor<CODE_SLOTS> c;
         Cursor<TOKEN_SLOTS> t;
-        const int steps = step_count(p), tiles = tile_count(p);
-        auto release_tokens = [&](int slot) {
+        float inverse_factor;
+
+        __device__ __forceinline__ Consumer(const Problem& p, const Barriers& barriers, unsigned base, const float* nested_code)
+            : p(p), barriers(barriers), base(base), decoder(base, threadIdx.x / 128), scales(p, nested_code, decoder.row) {
+            inverse_factor = 1.0f / product_factor<E>(p.quant_type);
+        }
+
+        __device__ __forceinline__ void release_tokens(int slot) const {
             if (threadIdx.x % 128 < CLUSTER) arrive_in_cluster(barriers.tokens_free + slot * 8, threadIdx.x % 128);
-        };
-        for (int index = blockIdx.x / CLUSTER; index < tiles; index += gridDim.x / CLUSTER) {
-            const Tile at = tile(p, index);
-            const int row0 = at.row + rank * ROWS;
-            float sum[SUMS];
-#pragma unroll
-            for (int i = 0; i < SUMS; i++) sum[i] = 0.0f;
-            unsigned a[2][4][4];
-            int before = 0;
-            for (int step0 = 0; step0 < steps; step0 += 4) {
+        }
+        __device__ __forceinline__ void release_codes() {
+            __syncwarp();  // this warp has read the slot
+            if (threadIdx.x % WARP == 0) arrive(barriers.codes_free + c.slot * 8);
+            c.next();
+        }
+        __device__ __forceinline__ unsigned long long wait_for_tokens() const {
+            wait_mbarrier(barriers.tokens_here + t.slot * 8, t.round);
+            return token_descriptor(base + TOKEN_RING + t.slot * TOKENS);
+        }
+
+        __device__ __forceinline__ void multiply_unscaled(const Piece& piece, int row0, float (&sum)[SUMS]) {
+            // In the same registers at every step: an assembler that knows that old sums do not matter takes new ones, which there are not.
+            float part[SUMS] = {};
+            const int never = p.k == 0;
+            scales.start(p, row0, piece.first);
+            for (int slot = piece.first; slot < piece.last; slot++) {
+                scales.advance(p, row0, slot);
                 wait_mbarrier(barriers.codes_here + c.slot * 8, c.round);
+                const unsigned codes = base + CODE_RING + c.slot * CODES, here = base + SCALE_RING + c.slot * SCALES;
+                unsigned a[2][4][4];
+                decoder.decode(codes, 0, 0.0f, 0.0f, a[0]);
 #pragma unroll
-                for (int q = 0; q < 4; q++) {
-                    decoder.decode(p, base + CODE_RING + c.slot * CODES, base + SCALE_RING + c.slot * SCALES, row0, step0 + q, a[q % 2]);
-                    wait_mbarrier(barriers.tokens_here + t.slot * 8, t.round);
+                for (int q = 0; q < SLOT_STEPS; q++) {
+                    const unsigned long long tokens = wait_for_tokens();
                     fence_products();
-                    const unsigned long long tokens = token_descriptor(base + TOKEN_RING + t.slot * TOKENS);
+                    Wgmma<E, COLUMNS>::multiply_if(part, a[q % 2][0], tokens, never);
+#pragma unroll
+                    for (int s = 1; s < 4; s++) Wgmma<E, COLUMNS>::multiply(part, a[q % 2][s], tokens + s * 2);
+                    commit_products();
+                    if (q + 1 < SLOT_STEPS) decoder.decode(codes, q + 1, 0.0f, 0.0f, a[(q + 1) % 2]);
+                    const float upper = scales.template read<0>(p, here, slot, q) * inverse_factor;
+                    const float lower = scales.template read<1>(p, here, slot, q) * inverse_factor;
+                    wait_for_products<0>();
+                    release_tokens(t.slot);
+                    t.next();
+#pragma unroll
+                    for (int j = 0; j < SUMS; j++) sum[j] = __fmaf_rn(part[j], j % 4 < 2 ? upper : lower, sum[j]);
+                }
+                release_codes();
+            }
+        }
+
+        __device__ __forceinline__ void multiply_scaled(const Piece& piece, int row0, float (&sum)[SUMS]) {
+            unsigned a[2][4][4];
+            int before = -1;
+            scales.start(p, row0, piece.first);
+            for (int slot = piece.first; slot < piece.last; slot++) {
+                scales.advance(p, row0, slot);
+                wait_mbarrier(barriers.codes_here + c.slot * 8, c.round);
+                const unsigned codes = base + CODE_RING + c.slot * CODES, here = base + SCALE_RING + c.slot * SCALES;
+#pragma unroll
+                for (int q = 0; q < SLOT_STEPS; q++) {
+                    const float upper = scales.template read<0>(p, here, slot, q);
+                    const float lower = scales.template read<1>(p, here, slot, q);
+                    decoder.decode(codes, q, upper, lower, a[q % 2]);
+                    const unsigned long long tokens = wait_for_tokens();
+                    fence_products();
 #pragma unroll
                     for (int s = 0; s < 4; s++) Wgmma<E, COLUMNS>::multiply(sum, a[q % 2][s], tokens + s * 2);
                     commit_products();
                     wait_for_products<1>();
-                    if (step0 + q > 0) release_tokens(before);
+                    if (before >= 0) release_tokens(before);
                     before = t.slot;
                     t.next();
                 }
-                __syncwarp();  // this warp has read the slot
-                if (lane == 0) arrive(barriers.codes_free + c.slot * 8);
-                c.next();
+                release_codes();
             }
             wait_for_products<0>();
             release_tokens(before);
+        }
+    };
+
+    // A thread's sums in memory, four at a time, where those of its neighbours follow.
+    static __device__ __forceinline__ float4* part(const Split& split, int cluster, unsigned rank) {
+        const int blocks = gridDim.x, block = cluster * CLUSTER + rank;
+        return reinterpret_cast<float4*>(split.workspace + blocks * 64) + (i64)block * (SUMS / 4 * CONSUMERS) + threadIdx.x;
+    }
+    static __device__ __forceinline__ unsigned long long* flag(const Split& split, int cluster, unsigned rank) {
+        return reinterpret_cast<unsigned long long*>(split.workspace) + (cluster * CLUSTER + rank) * 8 + threadIdx.x / WARP;
+    }
+
+    static __device__ __forceinline__ void leave(const Split& split, int cluster, unsigned rank, const float (&sum)[SUMS]) {
+        float4* const to = part(split, cluster, rank);
+#pragma unroll
+        for (int i = 0; i < SUMS / 4; i++)
+            to[i * CONSUMERS] = make_float4(sum[4 * i], sum[4 * i + 1], sum[4 * i + 2], sum[4 * i + 3]);
+        __syncwarp();
+        if (threadIdx.x % WARP == 0) store_release(flag(split, cluster, rank), split.token);
+    }
+
+    static __device__ __forceinline__ void add(const Split& split, int cluster, unsigned rank, float (&sum)[SUMS]) {
+        unsigned long long* const here = flag(split, cluster, rank);
+        while (load_acquire(here) != split.token) {}
+        const float4* const from = part(split, cluster, rank);
+#pragma unroll
+        for (int i = 0; i < SUMS / 4; i++) {
+            const float4 v = from[i * CONSUMERS];
+            sum[4 * i] += v.x, sum[4 * i + 1] += v.y, sum[4 * i + 2] += v.z, sum[4 * i + 3] += v.w;
+        }
+        __syncwarp();  // all have read: the flag must not be found again when the same launch is replayed
+        if (threadIdx.x % WARP == 0) *here = 0;
+    }
+
+    static __device__ __forceinline__ void consume(const Problem& p, const Split& split, unsigned base, const Barriers& barriers,
+                                                   const float* nested_code, unsigned rank) {
+        const int group = threadIdx.x / 128, warp = threadIdx.x / WARP % 4;
+        Consumer consumer(p, barriers, base, nested_code);
+        Schedule schedule(tile_count(p), p.slot_count(), split.rounds);
+        Piece piece;
+        while (schedule.next(piece)) {
+            const Tile at = tile(p, piece.tile);
+            const int row0 = at.row + rank * ROWS;
+            float sum[SUMS];
+#pragma unroll
+            for (int i = 0; i < SUMS; i++) sum[i] = 0.0f;
+            if (UNSCALED)
+                consumer.multiply_unscaled(piece, row0, sum);
+            else
+                consumer.multiply_scaled(piece, row0, sum);
+            if (piece.last < schedule.slots) {
+                leave(split, schedule.cluster, rank, sum);
+                continue;
+            }
+            // What the clusters before have of this tile, down to its first slot.
+            const i64 start = (i64)(piece.tile - schedule.rounds * schedule.clusters) * schedule.slots;
+            i64 bound = start + piece.first;
+            for (int other = schedule.cluster - 1; bound > start; other--) {
+                const i64 begin = schedule.bound(other);
+                if (begin < bound) add(split, other, rank, sum);
+                bound = begin;
+            }
             write_sums<E>(p.out, base + RESULTS + (group * 4 + warp) * WRITE_STAGING, at.token, row0 + group * 64 + warp * 16, sum);
         }
     }
 
-    static __device__ __forceinline__ void run(const Problem& p) {
+    static __device__ __forceinline__ void run(const Problem& p, const Split& split) {
         extern __shared__ __align__(1024) unsigned char shared[];
         const unsigned base = shared_address(shared), rank = cluster_rank();
         const Barriers barriers(base);
@@ -210,18 +342,23 @@ struct Wide {
                 init_mbarrier(barriers.tokens_free + i * 8, 2 * CLUSTER);
             }
             publish_mbarriers();
+            prefetch_map(&p.codes), prefetch_map(&p.scales), prefetch_map(&p.tokens);
         }
-        fill_float_table(base + TABLE - SYSTEM, p.quant_type);
+        if (UNSCALED)
+            Table::fill(base + TABLE - SYSTEM, p.quant_type);
+        else
+            fill_float_table(base + TABLE - SYSTEM, p.quant_type);
+        if (NESTED && !p.nested.code) load_nested_code(nested_code, nullptr);
         wait_for_previous_kernel();
         let_next_kernel_start();
-        if (NESTED) load_nested_code(nested_code, p.nested);
+        if (NESTED && p.nested.code) load_nested_code(nested_code, p.nested.code);
         cluster_sync();
-        if (threadIdx.x / 128 == 2) {
+        if (threadIdx.x >= CONSUMERS) {
             release_registers<40>();
-            if (threadIdx.x == 256) produce(p, base, barriers, rank);
+            if (threadIdx.x == CONSUMERS) produce(p, split, base, barriers, rank);
         } else {
             take_registers<232>();
-            consume(p, base, barriers, nested_code, rank);
+            consume(p, split, base, barriers, nested_code, rank);
         }
         // Neither block leaves while the other may still write to it.
         __syncwarp();
@@ -231,9 +368,9 @@ struct Wide {
 
 #define WIDE(NAME, E, NESTED, ...)                                                                                       \
     extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1)                             \
-        NAME(const __grid_constant__ Problem p) {                                                                        \
+        NAME(const __grid_constant__ Problem p, const Split split) {                                                                        \
         typedef Wide<Product##E, NESTED, __VA_ARGS__> Instance;                                                          \
         static_assert(Instance::BYTES <= 227 * 1024, "shared memory");                                                   \
-        Instance::run(p);                                                                                                \
+        Instance::run(p, split);                                                                                                \
     }
 WIDE_INSTANCES

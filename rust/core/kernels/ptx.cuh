@@ -91,6 +91,18 @@ __device__ __forceinline__ void let_next_kernel_start() {
 #endif
 }
 
+// Writes to global memory what says that all written before is there, for the whole GPU.
+__device__ __forceinline__ void store_release(unsigned long long* address, unsigned long long value) {
+    asm volatile("st.release.gpu.global.u64 [%0], %1;" ::"l"(address), "l"(value) : "memory");
+}
+
+// Reads it: what was written before is then seen.
+__device__ __forceinline__ unsigned long long load_acquire(const unsigned long long* address) {
+    unsigned long long value;
+    asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(address) : "memory");
+    return value;
+}
+
 // d += a b: a 16 x 16 and b 16 x 8, of bfloat16, d in float32.
 __device__ __forceinline__ void mma_bf16(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
     asm volatile(
@@ -251,6 +263,11 @@ __device__ __forceinline__ float load_cluster(unsigned address, unsigned rank) {
         : "r"(address), "r"(rank)
         : "memory");
     return v;
+}
+
+// Brings a tensor's description near the copy engine.
+__device__ __forceinline__ void prefetch_map(const void* tensor_map) {
+    asm volatile("prefetch.tensormap [%0];" ::"l"(tensor_map) : "memory");
 }
 
 // Stores four 8 x 8 matrices of 16-bit elements transposed; lane l gives the address of row l % 8 of matrix l / 8.

@@ -74,6 +74,16 @@ pub enum Absmax {
     },
 }
 
+impl Absmax {
+    /// Address of what there is one of a block: the scales, or their codes.
+    pub(crate) fn first_address(self) -> u64 {
+        match self {
+            Self::Plain(absmax) => absmax,
+            Self::Nested { codes, .. } => codes,
+        }
+    }
+}
+
 /// The scales of `n` elements have addresses, and nested ones a block size.
 pub(crate) fn check_absmax(n: usize, absmax: Absmax) -> Result<()> {
     match absmax {

@@ -52,6 +52,8 @@ pub struct Rows {
     pub bias: u64,
     /// Address of `m * n` elements.
     pub out: u64,
+    /// Address of as many bytes as [`workspace_size`] says, or 0: the product is slower without.
+    pub workspace: u64,
 }
 
 /// The name in `FEWBITS_MATMUL4` of dequantizing panels and multiplying them.
@@ -74,6 +76,17 @@ fn check_forced() -> Result<()> {
     }
     let known: Vec<String> = names().collect();
     Err(Error::argument("FEWBITS_MATMUL4", name, format!("one of {}", known.join(", "))))
+}
+
+/// Bytes of the target's memory that help the product of `m` rows with a weight of `n` x `k`. What they hold does not matter.
+///
+/// # Errors
+/// A driver failure.
+pub fn workspace_size(m: usize, n: usize, k: usize, target: Target) -> Result<usize> {
+    match target {
+        Target::Cpu { .. } => Ok(0),
+        Target::Cuda { device, .. } => cuda::matmul4::workspace_size(m, n, k, device),
+    }
 }
 
 /// Multiplies. `false`, with nothing written, where dequantizing panels of the weight and an ordinary product are faster (or where

@@ -28,7 +28,7 @@ mod _native {
     #[pymodule_export]
     use super::info::{cpu_info, driver_info, images};
     #[pymodule_export]
-    use super::matmul4::{Weight4bit, matmul_4bit};
+    use super::matmul4::{Weight4bit, matmul_4bit, matmul_4bit_workspace_size};
     #[pymodule_export]
     use super::optim::{optim_control, optim_norms, optim_step, optim_trust};
     #[pymodule_export]

@@ -27,12 +27,19 @@ pub fn matmul_4bit(
     offset: u64,
     bias: u64,
     out: u64,
+    workspace: u64,
     device: i64,
     queue: u64,
 ) -> Result<bool> {
     let weight =
         weight(codes, n, k, blocksize, quant_type, absmax, nested_code, nested_absmax, nested_blocksize, offset)?;
-    multiply(py, weight, x, m, self::dtype(dtype)?, bias, out, target(device, queue)?)
+    multiply(py, weight, x, m, self::dtype(dtype)?, bias, out, workspace, target(device, queue)?)
+}
+
+/// Bytes of memory on the device that `matmul_4bit` of `m` rows with a weight of `n` x `k` goes faster with; 0 on the CPU.
+#[pyfunction]
+pub fn matmul_4bit_workspace_size(m: usize, n: usize, k: usize, device: i64) -> Result<usize> {
+    Ok(matmul4::workspace_size(m, n, k, target(device, 1)?)?)
 }
 
 /// A 4-bit weight whose addresses and sizes are passed once, for callers that count every tenth of a microsecond.
@@ -68,10 +75,11 @@ impl Weight4bit {
         dtype: usize,
         bias: u64,
         out: u64,
+        workspace: u64,
         device: i64,
         queue: u64,
     ) -> Result<bool> {
-        multiply(py, self.0, x, m, self::dtype(dtype)?, bias, out, target(device, queue)?)
+        multiply(py, self.0, x, m, self::dtype(dtype)?, bias, out, workspace, target(device, queue)?)
     }
 }
 
@@ -83,9 +91,10 @@ fn multiply(
     dtype: Dtype,
     bias: u64,
     out: u64,
+    workspace: u64,
     target: Target,
 ) -> Result<bool> {
-    let rows = Rows { x, m, dtype, bias, out };
+    let rows = Rows { x, m, dtype, bias, out, workspace };
     // SAFETY: `fewbits._matmul` and `fewbits._prepared` pass addresses of tensors of these sizes on this device and keep them alive
     // for the call.
     run(py, target, move || unsafe { matmul4::matmul_4bit(weight, rows, target) })

@@ -17,7 +17,7 @@ fn quantize_pieces(blocks: Blocks) -> u64 {
 fn dequantize_grid(blocks: Blocks) -> (i32, Grid) {
     let row = 256 * (16 / blocks.dtype.size());
     let rows = if blocks.n < 1024 * row { 1 } else { 4 };
-    (rows as i32, Grid::Pieces(blocks.n.div_ceil(rows * row) as u64))
+    (rows as i32, Grid::OverlappingPieces(blocks.n.div_ceil(rows * row) as u64))
 }
 
 fn describe(blocks: Blocks) -> String {

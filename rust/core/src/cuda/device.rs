@@ -120,6 +120,11 @@ fn open(ordinal: usize) -> Result<Device> {
 }
 
 impl Device {
+    /// Whether kernels written for Hopper alone run here.
+    pub fn is_hopper(&self) -> bool {
+        self.target == "sm_90a"
+    }
+
     /// Makes the device's context current until the guard is dropped; the caller's stays what it was.
     pub fn enter(&self) -> Result<Entered> {
         let mut current = ptr::null_mut();

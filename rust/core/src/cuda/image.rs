@@ -14,7 +14,17 @@ use crate::{Error, Result};
 pub struct Image {
     family: &'static str,
     target: &'static str,
-    deflated: &'static [u8],
+    packed: &'static [u8],
+}
+
+impl Image {
+    fn unpacked(&self) -> Result<Vec<u8>> {
+        let mut bytes = Vec::new();
+        brotli_decompressor::Decompressor::new(self.packed, 1 << 16)
+            .read_to_end(&mut bytes)
+            .map_err(|error| Error::Driver { call: "decompressing a kernel image", words: error.to_string() })?;
+        Ok(bytes)
+    }
 }
 
 include!(concat!(env!("OUT_DIR"), "/images.rs"));
@@ -76,10 +86,7 @@ pub fn library(family: &'static str, target: &'static str) -> Result<Library> {
         return Ok(*library);
     }
     let image = IMAGES.iter().find(|image| (image.family, image.target) == (family, target)).ok_or(Error::NoKernels)?;
-    let mut bytes = Vec::new();
-    flate2::read::ZlibDecoder::new(image.deflated)
-        .read_to_end(&mut bytes)
-        .map_err(|error| Error::Driver { call: "decompressing a kernel image", words: error.to_string() })?;
+    let bytes = image.unpacked()?;
     let mut handle = ptr::null_mut();
     // SAFETY: the bytes are a whole image (PTX ends in NUL), which the driver copies; no options are passed.
     let code = unsafe {
@@ -132,8 +139,7 @@ mod tests {
     #[test]
     fn every_embedded_image_inflates() {
         for image in IMAGES {
-            let mut bytes = Vec::new();
-            flate2::read::ZlibDecoder::new(image.deflated).read_to_end(&mut bytes).unwrap();
+            let bytes = image.unpacked().unwrap();
             let ptx = image.target.starts_with("compute_");
             assert_eq!(bytes.starts_with(b"\x7fELF"), !ptx, "{} {}", image.family, image.target);
             assert_eq!(bytes.ends_with(b"\0"), ptx || bytes.ends_with(b"\0"), "{} {}", image.family, image.target);

@@ -62,6 +62,8 @@ pub enum Grid {
     /// As [`Grid::Resident`]; from compute capability 9.0 on they may start before the previous kernel of the stream has ended: the
     /// kernel itself waits for it.
     Overlapping(u64),
+    /// As [`Grid::Pieces`], and may start like those.
+    OverlappingPieces(u64),
 }
 
 /// Pointers to the values of a kernel's parameters.
@@ -96,7 +98,7 @@ impl Launch<'_> {
         let function = device.function(self.kernel)?;
         let resident = u64::from(device.multiprocessors * function.resident);
         let blocks = match self.grid {
-            Grid::Pieces(pieces) => pieces,
+            Grid::Pieces(pieces) | Grid::OverlappingPieces(pieces) => pieces,
             Grid::Resident(pieces) | Grid::Overlapping(pieces) => pieces.min(resident),
         };
         // The kernels loop over whatever a grid leaves over.
@@ -105,7 +107,7 @@ impl Launch<'_> {
         let stream = self.stream as sys::CUstream;
         // SAFETY: the function belongs to the entered context, and so does the stream; the rest is the caller's promise.
         let launched = unsafe {
-            if matches!(self.grid, Grid::Overlapping(_)) && device.overlaps_launches {
+            if matches!(self.grid, Grid::Overlapping(_) | Grid::OverlappingPieces(_)) && device.overlaps_launches {
                 launch_overlapping(function, grid, block, stream, arguments)
             } else {
                 result::launch_kernel(function.handle, grid, block, function.shared, stream, arguments)

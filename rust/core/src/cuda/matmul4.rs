@@ -1,10 +1,15 @@
 //! Launches of matmul4_plain.cu, matmul4_mma.cu, matmul4_skinny.cu, matmul4_mid.cu and matmul4_wgmma.cu.
 
+use std::ffi::c_void;
+use std::hash::{BuildHasher, Hasher, RandomState};
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU64, Ordering};
+
 use super::device::device;
 use super::kernel::Kernel;
 use super::launch::{Grid, Launch, arguments};
 use super::matmul4_choice as choice;
-use super::product::{Product, mid_tiles, wide_tiles};
+use super::product::{Product, mid_tiles};
 use super::tensor_map::{Element, Matrix, TensorMap};
 use crate::blockwise::Absmax;
 use crate::matmul4::{Rows, Weight};
@@ -66,9 +71,9 @@ struct SkinnyProblem {
     ahead: i32,
 }
 
-/// kernels/matmul4_mid.cu and kernels/matmul4_wgmma.cu
+/// kernels/matmul4_hopper.cuh
 #[repr(C)]
-struct WideProblem {
+struct HopperProblem {
     codes: TensorMap,
     scales: TensorMap,
     tokens: TensorMap,
@@ -82,16 +87,23 @@ struct WideProblem {
     quant_type: i32,
 }
 
+/// kernels/matmul4_wgmma.cu
+#[repr(C)]
+struct Split {
+    workspace: u64,
+    token: u64,
+    rounds: i32,
+}
+
 /// Rows of W in a box of matmul4_wgmma.cu: those of a block.
 const WIDE_ROWS: u32 = 128;
 
 /// The weight's codes and scales as boxes of `rows` rows and 256 columns.
 fn weight_matrices(weight: &Weight, rows: u32) -> [Matrix; 2] {
-    let (element, address) = match weight.absmax {
-        Absmax::Plain(absmax) => (Element::F32, absmax),
-        Absmax::Nested { codes, .. } => (Element::U8, codes),
+    let (element, per_box) = match weight.absmax {
+        Absmax::Plain(_) => (Element::F32, 4),
+        Absmax::Nested { .. } => (Element::U8, 16),
     };
-    let per_box = if element == Element::F32 { 4 } else { 16 };
     [
         Matrix {
             address: weight.codes,
@@ -101,7 +113,7 @@ fn weight_matrices(weight: &Weight, rows: u32) -> [Matrix; 2] {
             swizzled: true,
         },
         Matrix {
-            address,
+            address: weight.absmax.first_address(),
             element,
             shape: (weight.n, weight.k / weight.blocksize),
             box_shape: (rows, per_box),
@@ -140,8 +152,9 @@ pub unsafe fn matmul_4bit(weight: Weight, rows: Rows, ordinal: usize, stream: u6
     let device = device(ordinal)?;
     let tensor_cores = device.major >= 8 && fits_tensor_cores(&weight, &rows);
     let multiprocessors = device.multiprocessors as usize;
-    let product = if tensor_cores && device.target == "sm_90a" && fits_hopper(&weight, &rows) {
-        choice::on_hopper(rows.m, weight.n, weight.k, multiprocessors)
+    let product = if tensor_cores && device.is_hopper() && fits_hopper(&weight, &rows) {
+        let nested = matches!(weight.absmax, Absmax::Nested { .. });
+        choice::on_hopper(rows.m, weight.n, weight.k, nested, multiprocessors)
     } else {
         choice::elsewhere(rows.m, tensor_cores)
     };
@@ -157,6 +170,24 @@ pub unsafe fn matmul_4bit(weight: Weight, rows: Rows, ordinal: usize, stream: u6
         }
     }
     Ok(true)
+}
+
+/// See [`crate::matmul4::workspace_size`].
+pub fn workspace_size(m: usize, n: usize, k: usize, ordinal: usize) -> Result<usize> {
+    let device = device(ordinal)?;
+    let multiprocessors = device.multiprocessors as usize;
+    Ok(match choice::on_hopper(m, n, k, false, multiprocessors) {
+        Some(Product::Wide(instance)) if device.is_hopper() => {
+            choice::wide_split(instance, m, n, k, multiprocessors, true).workspace_size(instance)
+        }
+        _ => 0,
+    })
+}
+
+/// What flags in a workspace hold once a launch has set them: for each launch another number, none of which memory holds by chance.
+fn token() -> u64 {
+    static NEXT: OnceLock<AtomicU64> = OnceLock::new();
+    NEXT.get_or_init(|| AtomicU64::new(RandomState::new().build_hasher().finish())).fetch_add(1, Ordering::Relaxed)
 }
 
 fn describe(weight: &Weight, rows: &Rows) -> String {
@@ -176,8 +207,8 @@ struct Call<'a> {
 
 impl Call<'_> {
     /// # Safety
-    /// `problem` is the parameter of the product's kernels, with addresses by the promise of [`matmul_4bit`].
-    unsafe fn launch<T>(&self, problem: T, grid: Grid) -> Result<()> {
+    /// `arguments` are the parameters of the product's kernels, with addresses by the promise of [`matmul_4bit`].
+    unsafe fn launch(&self, arguments: &mut [*mut c_void], grid: Grid) -> Result<()> {
         let (weight, rows) = (self.weight, self.rows);
         let nested = matches!(weight.absmax, Absmax::Nested { .. });
         let launch = Launch {
@@ -188,7 +219,7 @@ impl Call<'_> {
             describe: &|| describe(weight, rows),
         };
         // SAFETY: the caller's promise.
-        unsafe { launch.run(arguments![problem]) }
+        unsafe { launch.run(arguments) }
     }
 
     unsafe fn plain(&self) -> Result<()> {
@@ -196,10 +227,7 @@ impl Call<'_> {
         let problem = PlainProblem {
             x: rows.x,
             codes: weight.codes,
-            absmax: match weight.absmax {
-                Absmax::Plain(absmax) => absmax,
-                Absmax::Nested { codes, .. } => codes,
-            },
+            absmax: weight.absmax.first_address(),
             nested: NestedSource::new(weight.absmax),
             bias: rows.bias,
             y: rows.out,
@@ -212,7 +240,7 @@ impl Call<'_> {
         // Rows of a block at a time: one a warp, or a tile.
         let block_rows = if self.product == Product::Plain { 8 } else { 16 };
         // SAFETY: the parameter of matmul4_plain.cu's and matmul4_mma.cu's kernels; memory by the caller's promise.
-        unsafe { self.launch(problem, Grid::Resident(weight.n.div_ceil(block_rows) as u64)) }
+        unsafe { self.launch(arguments![problem], Grid::Resident(weight.n.div_ceil(block_rows) as u64)) }
     }
 
     unsafe fn skinny(&self, instance: usize) -> Result<()> {
@@ -237,7 +265,7 @@ impl Call<'_> {
         let groups = (shape.warps / shape.split) as usize;
         let grid = Grid::Overlapping(weight.n.div_ceil(tile as usize).div_ceil(groups) as u64);
         // SAFETY: the parameter of matmul4_skinny.cu's kernels; memory by the caller's promise.
-        unsafe { self.launch(problem, grid) }
+        unsafe { self.launch(arguments![problem], grid) }
     }
 
     unsafe fn mid(&self, instance: usize) -> Result<()> {
@@ -245,21 +273,26 @@ impl Call<'_> {
         let problem = problem(self.weight, self.rows, 64 * shape.groups, shape.columns)?;
         let clusters = mid_tiles(instance, self.rows.m, self.weight.n).min(self.multiprocessors / split);
         // SAFETY: the parameter of matmul4_mid.cu's kernels; memory by the caller's promise.
-        unsafe { self.launch(problem, Grid::Overlapping((clusters * split) as u64)) }
+        unsafe { self.launch(arguments![problem], Grid::Overlapping((clusters * split) as u64)) }
     }
 
     unsafe fn wide(&self, instance: usize) -> Result<()> {
-        let problem = problem(self.weight, self.rows, WIDE_ROWS, WIDE[instance].columns / 2)?;
-        let clusters = wide_tiles(instance, self.rows.m, self.weight.n).min(self.multiprocessors / 2);
-        // SAFETY: the parameter of matmul4_wgmma.cu's kernels; memory by the caller's promise.
-        unsafe { self.launch(problem, Grid::Overlapping(2 * clusters as u64)) }
+        let (weight, rows) = (self.weight, self.rows);
+        let problem = problem(weight, rows, WIDE_ROWS, WIDE[instance].columns / 2)?;
+        let shared = rows.workspace != 0;
+        let split = choice::wide_split(instance, rows.m, weight.n, weight.k, self.multiprocessors, shared);
+        let grid = Grid::Overlapping(2 * split.clusters as u64);
+        let split = Split { workspace: rows.workspace, token: token(), rounds: split.rounds as i32 };
+        // SAFETY: the parameters of matmul4_wgmma.cu's kernels; memory by the caller's promise, and the workspace has the size that the
+        // same split asks for.
+        unsafe { self.launch(arguments![problem, split], grid) }
     }
 }
 
 /// The problem of a kernel whose boxes have so many rows and tokens.
-fn problem(weight: &Weight, rows: &Rows, box_rows: u32, box_tokens: u32) -> Result<WideProblem> {
+fn problem(weight: &Weight, rows: &Rows, box_rows: u32, box_tokens: u32) -> Result<HopperProblem> {
     let [codes, scales] = weight_matrices(weight, box_rows);
-    Ok(WideProblem {
+    Ok(HopperProblem {
         codes: codes.map()?,
         scales: scales.map()?,
         tokens: token_matrix(weight, rows, box_tokens).map()?,

@@ -6,17 +6,18 @@ use crate::matmul4::{PANELS, forced_name};
 use crate::matmul4_instances::{MID, SKINNY, STAGE, WIDE};
 
 /// For `m` tokens and a weight of `n` x `k` on Hopper: the shortest of the estimates below.
-pub fn on_hopper(m: usize, n: usize, k: usize, multiprocessors: usize) -> Option<Product> {
-    if let Some(forced) = forced(m, n, k, multiprocessors) {
+pub fn on_hopper(m: usize, n: usize, k: usize, nested: bool, multiprocessors: usize) -> Option<Product> {
+    if let Some(forced) = forced(m, n, k, nested, multiprocessors) {
         return forced;
     }
     if m <= 8 {
-        return Some(Product::Skinny(skinny(m, n, k)));
+        return Some(Product::Skinny(skinny(m, n, k, nested, multiprocessors)));
     }
-    let sixteen = (m <= 16).then(|| (Some(Product::Skinny(skinny(m, n, k))), 3.6 + 0.34e-6 * (n * k) as f64));
+    let sixteen = (m <= 16)
+        .then(|| (Some(Product::Skinny(skinny(m, n, k, nested, multiprocessors))), 3.6 + 0.34e-6 * (n * k) as f64));
     let others = (0..MID.len()).map(Product::Mid).chain((0..WIDE.len()).map(Product::Wide));
     let others = others
-        .filter(|product| product.takes(m, n, k, multiprocessors))
+        .filter(|product| product.takes(m, n, k, nested, multiprocessors))
         .map(|product| (Some(product), microseconds(product, m, n, k, multiprocessors)));
     let panels = (None, panels_us(m, n, k));
     sixteen.into_iter().chain(others).fold(panels, |best, next| if next.1 < best.1 { next } else { best }).0
@@ -32,20 +33,40 @@ pub fn elsewhere(m: usize, tensor_cores: bool) -> Option<Product> {
     }
 }
 
-/// Instances of matmul4_skinny.cu, measured on an H200 (times the floor, of the best two):
+/// Instances of matmul4_skinny.cu. Where a warp need not take a second tile, the fewest warps that share one: those go through the
+/// most columns between two meetings.
 ///
-/// | tokens | 4096x4096 | 14336x4096 | 4096x14336 | 8192x8192 | 28672x8192 | 8192x28672 |
+/// Measured on an H200, microseconds for 1 and 4 tokens:
+///
+/// | | 4096x4096 | 6144x4096 | 14336x4096 | 4096x14336 | 8192x8192 | 28672x8192 |
 /// |---|---|---|---|---|---|---|
-/// | 1 | small 2.8, held 2.9 | large 1.9, small 2.0 | small 1.7, large 2.0 | small 1.7, held 1.7 | held 1.3, large 1.4 | large 1.2, small 1.4 |
-/// | 8 | copied8 2.8, copied4 3.0 | copied4 1.9, copied8 2.0 | copied8 1.7, copied4 2.0 | copied 1.7, held 1.9 | held 1.3, copied8 1.4 | copied8 1.4, copied4 1.4 |
-fn skinny(m: usize, n: usize, k: usize) -> usize {
+/// | small (8 warps a tile) | 6.3, 6.7 | 8.6, 9.2 | 15.1, 16.2 | 12.7, 13.7 | 14.5, 15.4 | 43.6, 46.4 |
+/// | small4 | 6.2, 6.4 | 8.1, 8.6 | 14.4, 15.5 | 15.5, 17.2 | 14.2, 15.2 | 43.6, 46.3 |
+/// | small2 | 8.6, 8.9 | 9.0, 9.3 | 14.2, 15.1 | 25.7, 28.0 | 18.1, 22.2 | 46.5, 49.2 |
+/// | held | | | | | | 40.3, 41.7 |
+/// | with nested scales, 1 token: small | 6.9 | | 16.7 | 14.3 | 16.2 | 47.4 |
+/// | small4 | 6.9 | | 15.8 | 16.5 | 16.1 | 47.1 |
+/// | small2 | 9.2 | | 15.5 | 26.6 | 18.2 | 49.5 |
+/// | copied8 | 7.2 | | 18.4 | 15.5 | 17.4 | 48.6 |
+/// | 8 tokens: copied8 | 6.3 | | 16.1 | 13.4 | 15.7 | 45.7 |
+/// | copied4 | 8.8 | | 14.9 | 23.7 | 15.2 | 46.9 |
+fn skinny(m: usize, n: usize, k: usize, nested: bool, multiprocessors: usize) -> usize {
+    let (tiles, blocks) = (n.div_ceil(16), 2 * multiprocessors);
     let name = match m {
         9.. => "sixteen",
-        _ if k.div_ceil(STAGE) == 32 && n >= 16384 => "held",
-        3.. if n > 8192 && k <= 4096 => "copied4",
-        3.. => "copied8",
-        _ if n * k >= 160 << 20 => "large",
-        _ => "small",
+        _ if !nested && k.div_ceil(STAGE) == 32 && tiles > 6 * blocks => "held",
+        5.. => {
+            if tiles > blocks && (tiles <= 2 * blocks || k <= 4096) {
+                "copied4"
+            } else {
+                "copied8"
+            }
+        }
+        _ if tiles <= blocks => "small",
+        _ if tiles <= 2 * blocks => "small4",
+        _ if tiles <= 4 * blocks && k <= 4096 => "small2",
+        _ if !nested && n * k >= 160 << 20 => "large",
+        _ => "small4",
     };
     SKINNY.iter().position(|instance| instance.name == name).unwrap_or(0)
 }
@@ -63,18 +84,71 @@ fn microseconds(product: Product, m: usize, n: usize, k: usize, multiprocessors:
             shape.fixed_us + tiles.div_ceil(multiprocessors / split) as f64 * steps * shape.step_us * crowd
         }
         Product::Wide(instance) => {
-            let rounds = wide_tiles(instance, m, n).div_ceil(multiprocessors / 2) as f64;
-            4.0 + rounds * (WIDE[instance].tile_us + WIDE[instance].step_us * k.div_ceil(64) as f64)
+            5.5 + wide_split(instance, m, n, k, multiprocessors, true).microseconds(instance, m, n, k)
         }
         _ => f64::INFINITY,
     }
 }
 
-/// The same for panels: dequantization at 1.07 times its floor, then the product in 16 bits at 4 TB/s or 770 TFLOP/s.
+/// How a problem's tiles are dealt out to clusters of two blocks: `rounds` whole ones each; what is left is cut into runs of equal
+/// length.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct WideSplit {
+    pub clusters: usize,
+    pub rounds: usize,
+    /// Tiles that are left.
+    rest: usize,
+}
+
+/// Microseconds that clusters take to leave a part of a tile of 256 tokens in memory and to add it, with the other parts that a tile
+/// of few steps has.
+const PART_US: f64 = 5.0;
+
+impl WideSplit {
+    fn new(tiles: usize, clusters: usize, rounds: usize) -> Self {
+        Self { clusters, rounds, rest: tiles.saturating_sub(rounds * clusters) }
+    }
+
+    /// Parts of a tile, less one, that is cut.
+    fn parts(self) -> f64 {
+        (self.clusters as f64 / self.rest as f64).max(1.0)
+    }
+
+    fn microseconds(self, instance: usize, m: usize, n: usize, k: usize) -> f64 {
+        let (shape, steps) = (WIDE[instance], k.div_ceil(STAGE) as f64 * (STAGE / 64) as f64);
+        let whole = wide_tiles(instance, m, n).min(self.rounds * self.clusters).div_ceil(self.clusters) as f64;
+        let run = self.rest as f64 * steps / self.clusters as f64;
+        let ends =
+            if self.rest > 0 { shape.tile_us + PART_US * f64::from(shape.columns) / 256.0 * self.parts() } else { 0.0 };
+        whole * (shape.tile_us + steps * shape.step_us) + run * shape.step_us + ends
+    }
+
+    /// Bytes of the flags and of the sums of every block.
+    pub fn workspace_size(self, instance: usize) -> usize {
+        let sums = 128 * WIDE[instance].columns as usize * size_of::<f32>();
+        if self.rest == 0 { 0 } else { 2 * self.clusters * (64 + sums) }
+    }
+}
+
+/// The split of an instance of matmul4_wgmma.cu. Without a workspace tiles stay whole.
+pub fn wide_split(instance: usize, m: usize, n: usize, k: usize, multiprocessors: usize, workspace: bool) -> WideSplit {
+    let (tiles, slots) = (wide_tiles(instance, m, n), k.div_ceil(STAGE));
+    let most = (multiprocessors / 2).max(1);
+    let whole = WideSplit::new(tiles, most.min(tiles), tiles.div_ceil(most));
+    if !workspace || tiles.is_multiple_of(most) {
+        return whole;
+    }
+    // At least two slots a cluster.
+    let rounds = (tiles / most).saturating_sub(1);
+    let cut = WideSplit::new(tiles, if rounds == 0 { most.min(tiles * slots / 2).max(1) } else { most }, rounds);
+    if cut.microseconds(instance, m, n, k) < whole.microseconds(instance, m, n, k) { cut } else { whole }
+}
+
+/// The same for panels: dequantization at 1.07 times its floor, then the product in 16 bits at 4 TB/s or 800 TFLOP/s.
 fn panels_us(m: usize, n: usize, k: usize) -> f64 {
     let (m, n, k) = (m as f64, n as f64, k as f64);
     let dequantize = 2.0 + n * k * 2.5625 * 1.07 / 4.27e6;
-    let product = (2.0 * (n * k + m * (n + k)) / 4e6).max(2.0 * m * n * k / 770e6);
+    let product = (2.0 * (n * k + m * (n + k)) / 4e6).max(2.0 * m * n * k / 800e6);
     dequantize + 4.0 + product
 }
 
@@ -88,12 +162,12 @@ pub fn names() -> impl Iterator<Item = String> {
 }
 
 /// What `FEWBITS_MATMUL4` asks for, unless its kernel does not take the problem.
-fn forced(m: usize, n: usize, k: usize, multiprocessors: usize) -> Option<Option<Product>> {
+fn forced(m: usize, n: usize, k: usize, nested: bool, multiprocessors: usize) -> Option<Option<Product>> {
     let name = forced_name()?;
     if name == PANELS {
         return Some(None);
     }
-    by_name(name).filter(|product| product.takes(m, n, k, multiprocessors)).map(Some)
+    by_name(name).filter(|product| product.takes(m, n, k, nested, multiprocessors)).map(Some)
 }
 
 #[cfg(test)]
@@ -112,9 +186,12 @@ mod tests {
         for (n, k) in [(1, 64), (300, 512), (4096, 4096), (14336, 4096), (4096, 14336), (28672, 8192), (128_256, 8192)]
         {
             for m in [1, 2, 3, 8, 9, 16, 17, 64, 65, 128, 500, 4096, 100_000] {
-                for multiprocessors in [16, 78, 132] {
-                    let product = on_hopper(m, n, k, multiprocessors);
-                    assert!(product.is_none_or(|p| p.takes(m, n, k, multiprocessors)), "{m} {n} {k}: {product:?}");
+                for (multiprocessors, nested) in [(16, false), (78, true), (132, false), (132, true)] {
+                    let product = on_hopper(m, n, k, nested, multiprocessors);
+                    assert!(
+                        product.is_none_or(|p| p.takes(m, n, k, nested, multiprocessors)),
+                        "{m} {n} {k}: {product:?}"
+                    );
                     let few = m <= 64 && multiprocessors == 132;
                     assert!(!few || product.is_some(), "few tokens never need panels on the GPU measured: {m} {n} {k}");
                 }

@@ -87,7 +87,7 @@ impl Product {
     }
 
     /// Whether it multiplies `m` tokens with a weight of `n` x `k`, types, alignment and block size apart.
-    pub fn takes(self, m: usize, n: usize, k: usize, multiprocessors: usize) -> bool {
+    pub fn takes(self, m: usize, n: usize, k: usize, nested: bool, multiprocessors: usize) -> bool {
         match self {
             Self::Plain | Self::Wide(_) => true,
             Self::Mma(instance) => m <= 8 * (instance + 1),
@@ -97,7 +97,7 @@ impl Product {
                     Tokens::Held(stages) => k.div_ceil(STAGE) == (stages * shape.split) as usize,
                     _ => true,
                 };
-                held && m <= 8 * shape.eights as usize
+                held && (!nested || shape.takes_nested()) && m <= 8 * shape.eights as usize
             }
             // Blocks that share a tile have only one.
             Self::Mid(instance) => {

@@ -109,6 +109,7 @@ impl Case {
             dtype,
             bias: bias.as_ref().map_or(0, |bias| bias[1..].as_ptr() as u64),
             out: out[1..].as_mut_ptr() as u64,
+            workspace: 0,
         };
         // SAFETY: the memory has the sizes that are said; the callers ask for supported paths.
         unsafe { multiply(self.weight(), rows, 1, path, method) }.unwrap();
@@ -286,7 +287,7 @@ fn no_columns_give_the_bias() {
     let case = Case::new(7, 0, 64, QuantType::Nf4, false, 1);
     for (path, method) in ways(1) {
         let (from, to) = (bias.as_ptr() as u64, out.as_mut_ptr() as u64);
-        let rows = Rows { x: 0, m: 1, dtype: Dtype::F32, bias: from, out: to };
+        let rows = Rows { x: 0, m: 1, dtype: Dtype::F32, bias: from, out: to, workspace: 0 };
         // SAFETY: nothing is read but the bias.
         unsafe { multiply(case.weight(), rows, 1, path, method) }.unwrap();
         assert_eq!(bits(&out), bits(&bias));
@@ -306,7 +307,8 @@ fn threads_do_not_matter() {
             for threads in [1, 2, 5] {
                 let mut out = vec![F16::default(); m * 1000];
                 let at = |values: *const F16| values as u64;
-                let rows = Rows { x: at(x.as_ptr()), m, dtype: Dtype::F16, bias: 0, out: at(out.as_mut_ptr()) };
+                let rows =
+                    Rows { x: at(x.as_ptr()), m, dtype: Dtype::F16, bias: 0, out: at(out.as_mut_ptr()), workspace: 0 };
                 // SAFETY: the memory has the sizes that are said.
                 unsafe { multiply(case.weight(), rows, threads, path, method) }.unwrap();
                 results.push(bits(&out));
