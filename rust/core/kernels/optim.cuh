@@ -1,16 +1,15 @@
 // What the optimizers' kernels share: the tables that describe a launch, a tensor's coefficients, and the walk over tiles.
 //
-// A launch is a list of tiles of 4096 elements; tile j of the list belongs to row tiles[j] of a table of tensors. Blocks of the
-// grid take every gridDim.x-th tile; warp w of a block takes the tile's w-th run of 256 elements, eight a lane, and walks
-// alone: it keeps its tensor's row and coefficients in its own slot of shared memory and reads them anew where the row changes.
+// A launch is a list of tiles of 16 runs of 256 elements; tile j of the list belongs to row tiles[j] of a table of tensors. A
+// warp takes a run at a time, eight elements a lane, and walks alone: it keeps its tensor's row and coefficients in a slot of
+// shared memory of its own and reads them anew where the row changes.
 #pragma once
 #include "element.cuh"
 #include "optim_vectors.cuh"
 
-constexpr int THREADS = 512;
-constexpr int WARPS = THREADS / WARP;
 constexpr int BLOCK = 256;  // elements that share a scale of 8-bit state
-constexpr int TILE = WARPS * BLOCK;
+constexpr int TILE_RUNS = 16;
+constexpr int TILE = TILE_RUNS * BLOCK;
 constexpr int FIELDS = 16;
 constexpr int GROUPS = 16;
 // Vectors are numbered with 32 bits; what lies past those blocks goes element by element.
@@ -48,7 +47,7 @@ struct Step {
     const float* ratios;
     double* partials;  // of the norms
     u64 seed;
-    int count, tile_count, stochastic, dtype_p, dtype_g, spare;
+    int count, tile_count, stochastic, dtype_p, dtype_g;
     Group groups[GROUPS];
 };
 
@@ -141,7 +140,7 @@ __device__ __forceinline__ void advance_counters(const Step& step) {
     __syncthreads();
     if (!last) return;
 #pragma unroll 1
-    for (int entry = threadIdx.x; entry < step.count; entry += THREADS) {
+    for (int entry = threadIdx.x; entry < step.count; entry += blockDim.x) {
         const i64* row = step.tensors + (i64)entry * FIELDS;
         if (row[ADVANCE]) *reinterpret_cast<i64*>(row[STEP]) += 1;
     }
@@ -155,50 +154,36 @@ __device__ __forceinline__ bool is_skipped(const float* control, float& scale) {
     return __float_as_uint(control[1]) != 0;
 }
 
-// Calls work(slot, block) for each of this warp's runs of 256 elements. STATE_SIZE: bytes of an element of state.
-template <class Rule, int STATE_SIZE, class Work>
-__device__ __forceinline__ void walk(const Step& step, int size_p, int size_g, const Work& work) {
+// Calls work(slot, block) for each of this warp's runs of 256 elements: every gridDim.x * WARPS-th of the launch. WARPS: of a
+// block. STATE_SIZE: bytes of an element of state.
+template <class Rule, int WARPS, int STATE_SIZE, class Work>
+__device__ __forceinline__ void walk(const Step& step, const Work& work) {
     constexpr int STATE_ALIGNMENT = STATE_SIZE == 1 ? 8 : 16;
     __shared__ Slot slots[WARPS + 1];
-    const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
-    // Lanes share the 128-byte lines of the warp's next run, which come into the L2 cache while this one is worked on.
-    const int lines[4] = {2 * size_p, 2 * STATE_SIZE, 2 * STATE_SIZE, 2 * size_g};
-    int ahead_field = 0, line = lane;
-    while (ahead_field < 4 && line >= lines[ahead_field]) line -= lines[ahead_field++];
-    const bool ahead = step.spare & 1 && ahead_field < 4;
-    const unsigned ahead_bytes = 128 * (ahead_field == 0 ? 2 * size_p : ahead_field == 3 ? 2 * size_g : 2 * STATE_SIZE);
-    if (ahead_field == 3) ahead_field = GRADIENT;
-    const unsigned count = step.tile_count, stride = gridDim.x;
-    unsigned tile = blockIdx.x;
-    if (tile >= count) return;
+    const int warp = threadIdx.x / WARP;
+    const unsigned stride = gridDim.x * WARPS;
+    const u64 count = (u64)step.tile_count * TILE_RUNS;
+    u64 run = blockIdx.x * WARPS + warp;
     Slot& slot = slots[warp];
-    int entry = step.tiles[tile];
-    // One warp computes for all: most of them start with the same group and step.
-    if (warp == 0) {
+    int entry = run < count ? step.tiles[run / TILE_RUNS] : 0;
+    // One warp computes for all: most of them start with the same group and step. It has the block's first run.
+    if (warp == 0 && run < count) {
         slots[WARPS].field[GROUP] = -1;
         open_entry<Rule, STATE_ALIGNMENT>(step, entry, slots[WARPS], nullptr);
     }
     slot.field[GROUP] = -1;
     __syncthreads();
 #pragma unroll 1
-    while (true) {
+    while (run < count) {
         open_entry<Rule, STATE_ALIGNMENT>(step, entry, slot, slots + WARPS);
-        // This warp's blocks of the row, and the first tile after them, whose row is asked for now.
-        const unsigned in_row = tile - slot.first_tile, blocks = slot.blocks;
-        const unsigned turns = ((blocks + WARPS - 1) / WARPS - in_row + stride - 1) / stride;
-        tile += turns * stride;
-        if (tile < count) entry = step.tiles[tile];
-        unsigned block = in_row * WARPS + warp;
+        // The first run past the row, whose own row is asked for now. The last tile of a row may have fewer runs than others:
+        // those that it lacks are passed over.
+        const unsigned blocks = slot.blocks, end = (blocks + TILE_RUNS - 1) / TILE_RUNS * TILE_RUNS;
+        unsigned block = (unsigned)(run - (u64)slot.first_tile * TILE_RUNS);
+        run += (u64)((end - block + stride - 1) / stride) * stride;
+        if (run < count) entry = step.tiles[run / TILE_RUNS];
 #pragma unroll 1
-        for (unsigned turn = 0; turn < turns; turn++, block += stride * WARPS) {
-            const unsigned next = block + stride * WARPS;
-            if (ahead && next < slot.whole_blocks) {
-                const i64 base = slot.field[ahead_field];
-                if (base) prefetch_l2(reinterpret_cast<const char*>(base) + (u64)next * ahead_bytes + line * 128);
-            }
-            if (block < blocks) work(slot, block);
-        }
-        if (tile >= count) return;
+        for (; block < blocks; block += stride) work(slot, block);
     }
 }
 
@@ -207,13 +192,8 @@ template <int V, class Type>
 __device__ __forceinline__ Raw round_and_pack(const Type& type, const Step& launch, const Slot& slot, unsigned block,
                                               Lanes& p) {
     if (type.is_bf16() && launch.stochastic) {
-        float rounded[RUN];
-#pragma unroll
-        for (int i = 0; i < RUN; i++) rounded[i] = p[i];
         const u64 first = slot.field[FIRST] + (i64)block * BLOCK;
-        round_stochastically<V>(rounded, first, (unsigned)slot.field[STEP], (unsigned)slot.field[ORDINAL], launch.seed);
-#pragma unroll
-        for (int i = 0; i < RUN; i++) p[i] = rounded[i];
+        return round_stochastically<V>(p, first, (unsigned)slot.field[STEP], (unsigned)slot.field[ORDINAL], launch.seed);
     }
     return type.pack(p);
 }

@@ -4,9 +4,11 @@
 //
 // The table of tensors, the tiles and who does which work: optim.cuh. Bytes a parameter, bfloat16: AdamW 22, Lion 14, AdEMAMix
 // 30. The launch is bound by memory, so every load of a block is in flight before the first is used; lanes have four elements
-// of each half of a block, so that every access of a warp is to neighbouring bytes.
+// of each half of a block, so that every access of a warp is to neighbouring bytes. Warps with registers for all of it are worth
+// more than more warps.
 #include "optim_rules.cuh"
 
+constexpr int THREADS = 320;  // 96 registers each in two blocks a multiprocessor
 constexpr int V = 4;
 
 template <class Rule>
@@ -73,7 +75,7 @@ __device__ __forceinline__ void step32(const Step& launch) {
     wait_for_previous_kernel();
     float scale;
     if (is_skipped(launch.control, scale)) return;
-    walk<Rule, 4>(launch, TypeP(launch.dtype_p).size(), TypeG(launch.dtype_g).size(), [&](const Slot& slot, unsigned block) {
+    walk<Rule, THREADS / WARP, 4>(launch, [&](const Slot& slot, unsigned block) {
         update_block<Rule, TypeP, TypeG>(launch, slot, block, scale);
     });
     advance_counters(launch);

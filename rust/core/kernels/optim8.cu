@@ -6,9 +6,11 @@
 // written, g read, two states read and written), Lion 8, AdEMAMix 12, and 8 / 256 a state for the scales. On an H200 the bytes
 // allow about 65 instructions a parameter, so the arithmetic is what is saved: decoding is three instructions, encoding five or
 // seven, and the checks of roots and quotients are shared by eight elements. Every load of a block is in flight before the
-// first is used; two blocks of 16 warps a multiprocessor hide the rest.
+// first is used, and 32 warps a multiprocessor hide the rest: one block of them, so that the tables stand in shared memory once.
 #include "optim_codes.cuh"
 #include "optim_rules.cuh"
+
+constexpr int THREADS = 1024;
 
 // Where state k and its scales lie.
 template <class Rule>
@@ -26,7 +28,7 @@ __device__ __forceinline__ float* state_scales(const Slot& slot, int k) {
 }
 
 template <class Rule, class TypeP, class TypeG, int V>
-__device__ __forceinline__ void update_block(const Step& launch, const CodeTables& tables, const Slot& slot, unsigned block,
+__device__ __forceinline__ void update_block(const Step& launch, unsigned tables, const Slot& slot, unsigned block,
                                              float scale) {
     constexpr int STATES = Rule::STATES;
     const TypeP type_p(launch.dtype_p);
@@ -102,21 +104,22 @@ __device__ __forceinline__ void update_block(const Step& launch, const CodeTable
 template <class Rule, class TypeP, class TypeG, int V>
 __device__ __forceinline__ void step8(const Step& launch) {
     extern __shared__ __align__(16) unsigned char shared[];
-    CodeTables& tables = *reinterpret_cast<CodeTables*>(shared);
-    load_code_tables<(Rule::UNSIGNED >= 0)>(tables);
+    CodeTables& code_tables = *reinterpret_cast<CodeTables*>(shared);
+    load_code_tables<(Rule::UNSIGNED >= 0)>(code_tables);
     let_next_kernel_start();
     wait_for_previous_kernel();
     __syncthreads();
     float scale;
     if (is_skipped(launch.control, scale)) return;
-    walk<Rule, 1>(launch, TypeP(launch.dtype_p).size(), TypeG(launch.dtype_g).size(), [&](const Slot& slot, unsigned block) {
+    const unsigned tables = tables_address(code_tables);
+    walk<Rule, THREADS / WARP, 1>(launch, [&](const Slot& slot, unsigned block) {
         update_block<Rule, TypeP, TypeG, V>(launch, tables, slot, block, scale);
     });
     advance_counters(launch);
 }
 
 #define STEP8(NAME, RULE, TYPE_P, TYPE_G, V)                                                                  \
-    extern "C" __global__ void __launch_bounds__(THREADS, 2) optim8_##NAME(const __grid_constant__ Step launch) { \
+    extern "C" __global__ void __launch_bounds__(THREADS, 1) optim8_##NAME(const __grid_constant__ Step launch) { \
         step8<RULE, TYPE_P, TYPE_G, V>(launch);                                                                \
     }
 

@@ -1,7 +1,7 @@
 // 8-bit states: 256 codes and one float32 scale a block, decoded and encoded by the warp that updates the block.
 //
 // value = map[code] * scale. The maps stand in shared memory once for each bank (or each quarter of the lanes, where shared
-// memory is small), a row of both maps a code, so that no two lanes meet. A new state's scale is its largest magnitude and its
+// memory is small), a row a code, so that no two lanes meet. A new state's scale is its largest magnitude and its
 // codes are quantize.cu's, one read of the bucket table each.
 #pragma once
 #include "nearest.cuh"
@@ -14,8 +14,10 @@ constexpr int COPIES = 32;
 constexpr int COPIES = 8;
 #endif
 
+constexpr int MAP = 256 * COPIES;  // values of a map
+
 struct __align__(16) CodeTables {
-    float values[256 * 2 * COPIES];
+    float values[2 * MAP];  // the signed map's, the unsigned map's
     unsigned of_signed[DYNAMIC_PADDED];
     unsigned of_unsigned[DYNAMIC_UNSIGNED_PADDED];  // from 0 on
 };
@@ -25,12 +27,12 @@ struct __align__(16) CodeTables {
 template <bool WITH_UNSIGNED>
 __device__ __forceinline__ void load_code_tables(CodeTables& tables) {
     constexpr int CHUNKS = COPIES / 4;
-    const int code = threadIdx.x % 256, map = threadIdx.x / 256;
-    if (map == 0 || WITH_UNSIGNED) {
-        const float value = map == 0 ? DYNAMIC_VALUES[code] : DYNAMIC_UNSIGNED_VALUES[code];
-        float4* row = reinterpret_cast<float4*>(tables.values + (2 * code + map) * COPIES);
+    for (int i = threadIdx.x; i < (WITH_UNSIGNED ? 512 : 256); i += blockDim.x) {
+        const int code = i % 256;
+        const float value = i < 256 ? DYNAMIC_VALUES[code] : DYNAMIC_UNSIGNED_VALUES[code];
+        float4* row = reinterpret_cast<float4*>(tables.values + i * COPIES);
 #pragma unroll
-        for (int i = 0; i < CHUNKS; i++) row[(i + code) % CHUNKS] = make_float4(value, value, value, value);
+        for (int k = 0; k < CHUNKS; k++) row[(k + code) % CHUNKS] = make_float4(value, value, value, value);
     }
     load_table(tables.of_signed, DYNAMIC_ENTRIES, DYNAMIC_LENGTH);
     if (WITH_UNSIGNED) load_table(tables.of_unsigned, DYNAMIC_UNSIGNED_ENTRIES, DYNAMIC_UNSIGNED_LENGTH);
@@ -78,38 +80,47 @@ __device__ __forceinline__ void store_codes(uint2 packed, u8* codes, unsigned bl
     }
 }
 
+// Where the tables lie, as a number that the compiler keeps: it would work it out anew for every table of every block. Called
+// by whole warps.
+__device__ __forceinline__ unsigned tables_address(const CodeTables& tables) {
+    return __shfl_sync(FULL_WARP, shared_address(&tables), 0);
+}
+
 template <bool SIGNED>
-__device__ __forceinline__ void decode(const CodeTables& tables, uint2 packed, float scale, Lanes& s) {
-    const char* values = reinterpret_cast<const char*>(tables.values);
-    const unsigned own = threadIdx.x % COPIES * 4;
+__device__ __forceinline__ void decode(unsigned tables, uint2 packed, float scale, Lanes& s) {
+    constexpr unsigned ROW = COPIES * 4;
+    const unsigned own = tables + threadIdx.x % COPIES * 4;
 #pragma unroll
     for (int i = 0; i < RUN; i++) {
-        const unsigned word = i < 4 ? packed.x : packed.y;
-        unsigned offset;
-        if (COPIES == 32) {
-            offset = permute_bytes(word, own, 0x5504 | i % 4 << 4);  // code * 256 + own
-        } else {
-            offset = (word >> (8 * (i % 4)) & 255) * (8 * COPIES) + own;
-        }
-        s[i] = __fmul_rn(*reinterpret_cast<const float*>(values + offset + (SIGNED ? 0 : COPIES * 4)), scale);
+        // One byte of the word times ROW, plus `own`.
+        const unsigned at = __dp4a(i < 4 ? packed.x : packed.y, ROW << (8 * (i % 4)), own);
+        s[i] = __fmul_rn(__uint_as_float(load_shared(at + (SIGNED ? 0 : 4 * MAP))), scale);
     }
 }
 
-// The rank of t >= 0, already scaled, in the word's highest byte.
-__device__ __forceinline__ unsigned nearest_unsigned(const unsigned* entries, float scaled) {
+// The rank of t, already scaled, in the word's highest byte; of t >= 0 for the unsigned map.
+template <bool SIGNED>
+__device__ __forceinline__ unsigned nearest_rank(unsigned tables, float scaled) {
+    if (SIGNED) {
+        const int key = ordered(scaled);
+        const unsigned entry = tables + (key >> SHIFT_8BIT) * 4 + (2 * MAP + DYNAMIC_ORIGIN) * 4;
+        return load_shared(entry) + ((unsigned)key << LIFT_8BIT);
+    }
     const unsigned key = __float_as_uint(scaled);
-    return entries[key >> SHIFT_UNSIGNED] + (key << LIFT_UNSIGNED);
+    const unsigned entry = tables + (key >> SHIFT_UNSIGNED) * 4 + (2 * MAP + DYNAMIC_PADDED) * 4;
+    return load_shared(entry) + (key << LIFT_UNSIGNED);
 }
 
-__device__ __forceinline__ unsigned nearest_four_unsigned(const unsigned* entries, float a, float b, float c, float d) {
-    const unsigned ab = __byte_perm(nearest_unsigned(entries, a), nearest_unsigned(entries, b), 0x0073);
-    const unsigned cd = __byte_perm(nearest_unsigned(entries, c), nearest_unsigned(entries, d), 0x0073);
+template <bool SIGNED>
+__device__ __forceinline__ unsigned nearest_four(unsigned tables, float a, float b, float c, float d) {
+    const unsigned ab = __byte_perm(nearest_rank<SIGNED>(tables, a), nearest_rank<SIGNED>(tables, b), 0x0073);
+    const unsigned cd = __byte_perm(nearest_rank<SIGNED>(tables, c), nearest_rank<SIGNED>(tables, d), 0x0073);
     return __byte_perm(ab, cd, 0x5410);
 }
 
 // Any numbers: what is not finite is made so, the reciprocal may overflow.
 template <bool SIGNED>
-__device__ __noinline__ uint2 encode_carefully(const CodeTables& tables, const Lanes& s, unsigned& largest) {
+__device__ __noinline__ uint2 encode_carefully(unsigned tables, const Lanes& s, unsigned& largest) {
     unsigned m = 0;
 #pragma unroll 1
     for (int i = 0; i < RUN; i++) m = max(m, magnitude(finite(s[i])));
@@ -119,12 +130,8 @@ __device__ __noinline__ uint2 encode_carefully(const CodeTables& tables, const L
 #pragma unroll 1
     for (int i = 0; i < RUN; i++) {
         const float t = divisor.quotient(finite(s[i]));
-        unsigned rank;
-        if (SIGNED) {
-            rank = nearest_8bit(Nearest{tables.of_signed + DYNAMIC_ORIGIN, 0.0f}, __fmul_rn(t, DYNAMIC_SCALE));
-        } else {
-            rank = nearest_unsigned(tables.of_unsigned, __fmul_rn(fmaxf(t, 0.0f), DYNAMIC_UNSIGNED_SCALE));
-        }
+        const float scaled = SIGNED ? __fmul_rn(t, DYNAMIC_SCALE) : __fmul_rn(fmaxf(t, 0.0f), DYNAMIC_UNSIGNED_SCALE);
+        const unsigned rank = nearest_rank<SIGNED>(tables, scaled);
         w[i / 4] |= rank >> 24 << (8 * (i % 4));
     }
     return make_uint2(w[0], w[1]);
@@ -133,11 +140,14 @@ __device__ __noinline__ uint2 encode_carefully(const CodeTables& tables, const L
 // Codes of a block. `largest`: the lane's `largest_magnitude` comes in, the bits of the block's scale go out, in every lane.
 // `plain`: states of the unsigned map are known to be not negative.
 template <bool SIGNED>
-__device__ __forceinline__ uint2 encode(const CodeTables& tables, const Lanes& s, unsigned& largest, bool plain) {
+__device__ __forceinline__ uint2 encode(unsigned tables, const Lanes& s, unsigned& largest, bool plain) {
     constexpr float SCALE = SIGNED ? DYNAMIC_SCALE : DYNAMIC_UNSIGNED_SCALE;
     largest = warp_max(largest);
-    // Up to there the reciprocal takes the scale in exactly.
-    if (!(SIGNED || plain) || !is_plain(largest) || __uint_as_float(largest) >= SCALE * 0x1p126f) {
+    // From 2^-126, and up to where the reciprocal takes the scale in exactly.
+    constexpr float BEYOND = SCALE * 0x1p126f;
+    const unsigned smallest = 0x00800000u;
+    const bool ordinary = largest == 0 || largest - smallest < __float_as_uint(BEYOND) - smallest;
+    if (!(SIGNED || plain) || !ordinary) {
         float copy[RUN];
 #pragma unroll
         for (int i = 0; i < RUN; i++) copy[i] = s[i];
@@ -148,10 +158,6 @@ __device__ __forceinline__ uint2 encode(const CodeTables& tables, const Lanes& s
     }
     const float inverse = __fmul_rn(reciprocal(__uint_as_float(largest)), SCALE);
     const auto t = [&](int i) { return __fmul_rn(s[i], inverse); };
-    if (SIGNED) {
-        const Nearest table{tables.of_signed + DYNAMIC_ORIGIN, 0.0f};
-        return make_uint2(nearest_four(table, t(0), t(1), t(2), t(3)), nearest_four(table, t(4), t(5), t(6), t(7)));
-    }
-    return make_uint2(nearest_four_unsigned(tables.of_unsigned, t(0), t(1), t(2), t(3)),
-                      nearest_four_unsigned(tables.of_unsigned, t(4), t(5), t(6), t(7)));
+    return make_uint2(nearest_four<SIGNED>(tables, t(0), t(1), t(2), t(3)),
+                      nearest_four<SIGNED>(tables, t(4), t(5), t(6), t(7)));
 }

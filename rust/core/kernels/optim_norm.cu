@@ -9,6 +9,8 @@
 #include "optim_rules.cuh"
 #include "tables.cuh"
 
+constexpr int THREADS = 512;
+constexpr int WARPS = THREADS / WARP;
 constexpr int V = 8;
 constexpr int FOLD = 1024;  // threads of the kernels that add tiles up
 
@@ -40,11 +42,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) optim_norm_gradient(con
         const i64* row = launch.tensors + (i64)entry * FIELDS;
         const void* g = reinterpret_cast<const void*>(launch.gradients[entry]);
         const i64 n = row[N];
-        const unsigned first = (unsigned)(tile - row[FIRST_TILE]) * WARPS;
+        const unsigned first = (unsigned)(tile - row[FIRST_TILE]) * TILE_RUNS;
         const i64 whole_blocks = is_aligned(g, 16) ? min(n / BLOCK, (i64)MAX_WHOLE_BLOCKS) : 0;
         double sum = 0.0;
 #pragma unroll 1
-        for (int k = 0; k < WARPS; k += AHEAD) {
+        for (int k = 0; k < TILE_RUNS; k += AHEAD) {
             Raw raw[AHEAD];
 #pragma unroll
             for (int i = 0; i < AHEAD; i++) raw[i] = load_block(type, g, first + k + i, n, first + k + i < whole_blocks);
@@ -102,8 +104,8 @@ __device__ __forceinline__ void norm_trust(const Step& launch) {
         if (entry != before) open_entry<Lamb, EIGHT ? 8 : 16>(launch, before = entry, slot, nullptr);
         const i64 n = slot.field[N];
         double sum_p = 0.0, sum_u = 0.0;
-        unsigned block = (unsigned)(tile - slot.first_tile) * WARPS;
-        const unsigned end = min(block + WARPS, slot.blocks);
+        unsigned block = (unsigned)(tile - slot.first_tile) * TILE_RUNS;
+        const unsigned end = min(block + TILE_RUNS, slot.blocks);
 #pragma unroll 1
         for (; block < end; block++) {
             const bool whole = block < slot.whole_blocks;

@@ -1,8 +1,8 @@
 // The update rules, eight elements a lane: the formulas of tests/oracle_optim.py, one rounding a sign, nothing fused.
 //
 // A rule says which states it has, computes its coefficients, and updates p and the states from g. State k of a rule is `s[k]`;
-// the maps of 8-bit states are signed but for state `UNSIGNED`. `update` also gives the lane's largest magnitude of each of the
-// first STATES states, and says whether the unsigned one is finite and not negative.
+// the maps of 8-bit states are signed but for state `UNSIGNED`. `update` also gives the lane's `largest_magnitude` of each of
+// the first STATES states, and says whether the unsigned one, of which it gives `largest_bits`, is finite and not negative.
 #pragma once
 #include "optim.cuh"
 
@@ -21,7 +21,7 @@ __device__ __forceinline__ float average_square(float beta, float old, float res
     return __fadd_rn(__fmul_rn(beta, old), __fmul_rn(__fmul_rn(rest, value), value));
 }
 
-__device__ __forceinline__ bool divide_by_roots(const Coefficients& c, Lanes& a, Lanes& v, unsigned largest_a,
+__device__ __forceinline__ bool divide_by_roots(const Coefficients& c, Lanes& a, const Lanes& v, unsigned largest_a,
                                                 unsigned largest_v) {
     return divide_by_roots(a, v, largest_a, largest_v, c.inverse2, c.eps, c.flags & PLAIN_DIVISOR, c.flags & ZEROS);
 }
@@ -74,7 +74,7 @@ struct Adam {
             s[1][i] = average_square(c.beta2, s[1][i], c.rest2, g[i]);
         }
         largest[0] = largest_magnitude(s[0]);
-        largest[1] = largest_magnitude(s[1]);
+        largest[1] = largest_bits(s[1]);
         bool plain;
         if (COUNT == STATES) {
             plain = divide_by_roots(c, u, s[1], largest[0], largest[1]);
@@ -86,7 +86,7 @@ struct Adam {
                 if (c.flags & AMSGRAD) w = w >= s[1][i] || w != w ? w : s[1][i];
                 v[i] = c.flags & AMSGRAD ? w : s[1][i];
             }
-            plain = divide_by_roots(c, u, v, largest[0], largest_magnitude(v));
+            plain = divide_by_roots(c, u, v, largest[0], largest_bits(v));
         }
 #pragma unroll
         for (int i = 0; i < RUN; i++) p[i] = __fsub_rn(p[i], __fmul_rn(c.step, u[i]));
@@ -126,17 +126,18 @@ struct Ademamix {
     template <int COUNT>
     static __device__ __forceinline__ bool update(const Coefficients& c, Lanes& p, Lanes& g, Lanes (&s)[COUNT],
                                                   unsigned (&largest)[STATES]) {
-        float u[RUN], v[RUN];
+        float u[RUN];
 #pragma unroll
         for (int i = 0; i < RUN; i++) {
             s[0][i] = average(c.beta1, s[0][i], c.rest1, g[i]);
             s[1][i] = average(c.beta3, s[1][i], c.rest3, g[i]);
-            s[2][i] = v[i] = average_square(c.beta2, s[2][i], c.rest2, g[i]);
+            s[2][i] = average_square(c.beta2, s[2][i], c.rest2, g[i]);
             u[i] = __fadd_rn(__fmul_rn(s[0][i], c.inverse1), __fmul_rn(c.alpha, s[1][i]));
         }
 #pragma unroll
-        for (int k = 0; k < 3; k++) largest[k] = largest_magnitude(s[k]);
-        const bool plain = divide_by_roots(c, u, v, largest_magnitude(u), largest[2]);
+        for (int k = 0; k < 2; k++) largest[k] = largest_magnitude(s[k]);
+        largest[2] = largest_bits(s[2]);
+        const bool plain = divide_by_roots(c, u, s[2], largest_magnitude(u), largest[2]);
 #pragma unroll
         for (int i = 0; i < RUN; i++) p[i] = __fsub_rn(__fmul_rn(p[i], c.keep), __fmul_rn(c.step, u[i]));
         return plain;
@@ -267,11 +268,10 @@ struct Adagrad {
     static __device__ __forceinline__ bool update(const Coefficients& c, Lanes& p, Lanes& g, Lanes (&s)[COUNT],
                                                   unsigned (&largest)[STATES]) {
         add_decay(c, p, g);
-        float v[RUN];
 #pragma unroll
-        for (int i = 0; i < RUN; i++) s[0][i] = v[i] = __fadd_rn(s[0][i], __fmul_rn(g[i], g[i]));
+        for (int i = 0; i < RUN; i++) s[0][i] = __fadd_rn(s[0][i], __fmul_rn(g[i], g[i]));
         largest[0] = largest_magnitude(s[0]);
-        divide_by_roots(c, g, v, largest_magnitude(g), largest[0]);
+        divide_by_roots(c, g, s[0], largest_magnitude(g), largest[0]);
 #pragma unroll
         for (int i = 0; i < RUN; i++) p[i] = __fsub_rn(p[i], __fmul_rn(c.step, g[i]));
         return true;
@@ -297,16 +297,15 @@ struct Lamb {
     static __device__ __forceinline__ bool direction(const Coefficients& c, const Lanes& p, Lanes& g, Lanes (&s)[2],
                                                      unsigned (&largest)[2]) {
         if (!(c.flags & DECOUPLED)) add_decay(c, p, g);
-        float v[RUN];
 #pragma unroll
         for (int i = 0; i < RUN; i++) {
             s[0][i] = average(c.beta1, s[0][i], c.rest1, g[i]);
-            s[1][i] = v[i] = average_square(c.beta2, s[1][i], c.rest2, g[i]);
+            s[1][i] = average_square(c.beta2, s[1][i], c.rest2, g[i]);
             g[i] = __fmul_rn(s[0][i], c.inverse1);
         }
         largest[0] = largest_magnitude(s[0]);
-        largest[1] = largest_magnitude(s[1]);
-        const bool plain = divide_by_roots(c, g, v, largest_magnitude(g), largest[1]);
+        largest[1] = largest_bits(s[1]);
+        const bool plain = divide_by_roots(c, g, s[1], largest_magnitude(g), largest[1]);
         if (c.flags & DECOUPLED) add_decay(c, p, g);
         return plain;
     }

@@ -161,16 +161,25 @@ __device__ __noinline__ void store_some(Raw raw, void* x, i64 first, i64 n, int 
 // Bits of the largest magnitude of a lane's elements; those of a NaN are larger than those of infinity.
 __device__ __forceinline__ unsigned largest_magnitude(const Lanes& x) {
 #if __CUDA_ARCH__ >= 800
-    float m = fabsf(x[0]);
+    unsigned m[RUN / 2];
 #pragma unroll
-    for (int i = 1; i < RUN; i++) m = max_nan_f32(m, fabsf(x[i]));
-    return __float_as_uint(m);
+    for (int i = 0; i < RUN / 2; i++) m[i] = __float_as_uint(max_nan_f32(fabsf(x[2 * i]), fabsf(x[2 * i + 1])));
+    return max(max(max(m[0], m[1]), m[2]), m[3]);
 #else
     unsigned m = magnitude(x[0]);
 #pragma unroll
     for (int i = 1; i < RUN; i++) m = max(m, magnitude(x[i]));
     return m;
 #endif
+}
+
+// The same of elements that are not negative: a negative one counts as larger than any other. Comparing floats as integers,
+// Hopper takes two at a time into a maximum or minimum.
+__device__ __forceinline__ unsigned largest_bits(const Lanes& x) {
+    unsigned m = __float_as_uint(x[0]);
+#pragma unroll
+    for (int i = 1; i < RUN; i++) m = max(m, __float_as_uint(x[i]));
+    return m;
 }
 
 // The division of any numbers.
@@ -188,22 +197,37 @@ __device__ __forceinline__ unsigned divisor_flags(float inverse, float eps, unsi
     return (fits ? plain : 0) | (fits && inverse * 0x1p-36f <= eps ? zeros : 0);
 }
 
-// a / (sqrt(v) * inverse + eps), each operation correctly rounded, in place of a. `largest_a` and `largest_v` are
-// `largest_magnitude`s. Says whether v is known to be finite and not negative.
+// a / (sqrt(v) * inverse + eps) of numbers for which no step can overflow or vanish.
+__device__ __forceinline__ float divide_by_root(float a, float v, float inverse, float eps) {
+    const float y = root_reciprocal_approx(v);
+    const float s = __fmul_rn(v, y);
+    const float root = __fmaf_rn(__fmaf_rn(-s, s, v), __fmul_rn(y, 0.5f), s);
+    const float d = __fadd_rn(__fmul_rn(root, inverse), eps);
+    const float z = reciprocal_approx(d);
+    const float r = __fmaf_rn(z, __fmaf_rn(-d, z, 1.0f), z);
+    const float q = __fmul_rn(a, r);
+    return __fmaf_rn(-__fmaf_rn(d, q, -a), r, q);
+}
+
+// a / (sqrt(v) * inverse + eps), each operation correctly rounded, in place of a. `largest_a` is a's `largest_magnitude`,
+// `largest_v` v's or its `largest_bits`. Says whether v is known to be finite and not negative.
 //
 // For ordinary numbers by the very steps of the compiler's own square root and division, but with one check for all lanes in
 // place of two checks and branches an element: nonzero a and v are at least 2^-100 and at most 2^28, so the divisor is at most
 // 2^25, the quotient at least 2^-125 and the remainders are exact. Gradients that are exactly 0 are common: they need one more
-// look. A zero a needs nothing; the remainder is taken negated so that the quotient keeps its sign. A zero v is changed to
+// look. A zero a needs nothing; the remainder is taken negated so that the quotient keeps its sign. A zero v is taken as
 // 2^-126, which `zeros` allows.
-__device__ __forceinline__ bool divide_by_roots(Lanes& a, Lanes& v, unsigned largest_a, unsigned largest_v,
+__device__ __forceinline__ bool divide_by_roots(Lanes& a, const Lanes& v, unsigned largest_a, unsigned largest_v,
                                                 float inverse, float eps, bool plain, bool zeros) {
-    float low_a = SMALLEST_PLAIN, low_v = SMALLEST_PLAIN;
+    // As integers; a negative v is less than all others.
+    int low = __float_as_int(v[0]);
 #pragma unroll
-    for (int i = 0; i < RUN; i++) low_a = fminf(low_a, fabsf(a[i])), low_v = fminf(low_v, v[i]);
+    for (int i = 1; i < RUN; i++) low = min(low, __float_as_int(v[i]));
+#pragma unroll
+    for (int i = 0; i < RUN; i += 2) low = min(low, __float_as_int(fminf(fabsf(a[i]), fabsf(a[i + 1]))));
     const unsigned least = __float_as_uint(SMALLEST_PLAIN);
     const bool small = plain && max(largest_a, largest_v) <= __float_as_uint(LARGEST_PLAIN);
-    if (!__all_sync(FULL_WARP, small && fminf(low_a, low_v) == SMALLEST_PLAIN)) {
+    if (!__all_sync(FULL_WARP, small && low >= (int)least)) {
         bool fits = small && zeros;
 #pragma unroll
         for (int i = 0; i < RUN; i++) {
@@ -220,53 +244,55 @@ __device__ __forceinline__ bool divide_by_roots(Lanes& a, Lanes& v, unsigned lar
             return false;
         }
 #pragma unroll
-        for (int i = 0; i < RUN; i++) v[i] = fmaxf(v[i], 0x1p-126f);
+        for (int i = 0; i < RUN; i++) a[i] = divide_by_root(a[i], fmaxf(v[i], 0x1p-126f), inverse, eps);
+        return true;
     }
 #pragma unroll
-    for (int i = 0; i < RUN; i++) {
-        const float y = root_reciprocal_approx(v[i]);
-        const float s = __fmul_rn(v[i], y);
-        const float root = __fmaf_rn(__fmaf_rn(-s, s, v[i]), __fmul_rn(y, 0.5f), s);
-        const float d = __fadd_rn(__fmul_rn(root, inverse), eps);
-        const float z = reciprocal_approx(d);
-        const float r = __fmaf_rn(z, __fmaf_rn(-d, z, 1.0f), z);
-        const float q = __fmul_rn(a[i], r);
-        a[i] = __fmaf_rn(-__fmaf_rn(d, q, -a[i]), r, q);
-    }
+    for (int i = 0; i < RUN; i++) a[i] = divide_by_root(a[i], v[i], inverse, eps);
     return true;
 }
 
 // ---- stochastic rounding ----
 
 // Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3").
-__device__ __noinline__ uint4 philox(uint4 counter, unsigned key0, unsigned key1) {
-#pragma unroll 1
+__device__ __forceinline__ uint4 philox(uint4 counter, unsigned key0, unsigned key1) {
+#pragma unroll
     for (int round = 0; round < 10; round++) {
-        const unsigned high0 = __umulhi(0xd2511f53u, counter.x), low0 = 0xd2511f53u * counter.x;
-        const unsigned high1 = __umulhi(0xcd9e8d57u, counter.z), low1 = 0xcd9e8d57u * counter.z;
-        counter = make_uint4(high1 ^ counter.y ^ key0, low1, high0 ^ counter.w ^ key1, low0);
+        const u64 a = (u64)0xd2511f53u * counter.x, b = (u64)0xcd9e8d57u * counter.z;
+        counter = make_uint4((unsigned)(b >> 32) ^ counter.y ^ key0, (unsigned)b, (unsigned)(a >> 32) ^ counter.w ^ key1,
+                             (unsigned)a);
         key0 += 0x9e3779b9u;
         key1 += 0xbb67ae85u;
     }
     return counter;
 }
 
-// Values whose bfloat16 is a neighbour, with a chance that is the nearer the neighbour the larger. `element` is the first one's
-// place in its tensor, a multiple of V; a counter serves eight elements.
+// The bits of x, a result of arithmetic, plus 16 random ones: the bfloat16 in the upper half is a neighbour of x, with a chance
+// that is the nearer it is the larger. Infinity stays. A NaN of arithmetic, 0x7fffffff, would overflow into the sign: it is
+// smaller as a signed integer then, while every other sum is larger than what it came from.
+__device__ __forceinline__ unsigned add_random(float x, unsigned random) {
+    return (unsigned)max((int)(__float_as_uint(x) + random), __float_as_int(x));
+}
+
+// A lane's parameters as bfloat16. `block_start` is the block's place in its tensor, a multiple of 256; a counter serves eight
+// neighbours, so that two lanes draw the same words where lanes have runs of four.
 template <int V>
-__device__ __noinline__ void round_stochastically(Lanes& p, u64 block_start, unsigned t, unsigned ordinal, u64 seed) {
-#pragma unroll 1
+__device__ __forceinline__ Raw round_stochastically(const Lanes& p, u64 block_start, unsigned t, unsigned ordinal, u64 seed) {
+    Raw raw;
+    uint4 words;
+#pragma unroll
     for (int k = 0; k < RUN / V; k++) {
-        const u64 element = block_start + place<V>(k * V);
-        const uint4 counter = make_uint4((unsigned)(element / 8), (unsigned)(element / 8 >> 32), t, ordinal);
-        const uint4 words = philox(counter, (unsigned)seed, (unsigned)(seed >> 32));
-        const unsigned w[4] = {words.x, words.y, words.z, words.w};
-#pragma unroll 1
-        for (int i = 0; i < V; i++) {
-            const int in = (int)(element % 8) + i;
-            float& x = p[k * V + i];
-            const unsigned random = w[in / 2] >> (16 * (in % 2)) & 0xffffu;
-            if (magnitude(x) <= LARGEST_FINITE) x = __uint_as_float((__float_as_uint(x) + random) & 0xffff0000u);
+        const u64 eighth = (block_start + place<V>(k * V)) / 8;
+        const uint4 counter = make_uint4((unsigned)eighth, (unsigned)(eighth >> 32), t, ordinal);
+        words = philox(counter, (unsigned)seed, (unsigned)(seed >> 32));
+        const bool upper = V == 4 && threadIdx.x & 1;
+        const unsigned w[4] = {upper ? words.z : words.x, upper ? words.w : words.y, words.z, words.w};
+#pragma unroll
+        for (int i = 0; i < V; i += 2) {
+            const unsigned low = add_random(p[k * V + i], w[i / 2] & 0xffffu);
+            const unsigned high = add_random(p[k * V + i + 1], w[i / 2] >> 16);
+            raw.w[(k * V + i) / 2] = __byte_perm(low, high, 0x7632);
         }
     }
+    return raw;
 }

@@ -71,9 +71,6 @@ __device__ __forceinline__ void prefetch(const void* address) {
     asm volatile("prefetch.global.L1 [%0];" ::"l"(address));
 }
 
-// Starts to bring the line at a global address into the L2 cache.
-__device__ __forceinline__ void prefetch_l2(const void* address) { asm volatile("prefetch.global.L2 [%0];" ::"l"(address)); }
-
 // Waits until `threads` threads of the block have come to barrier `id` (0 is __syncthreads').
 __device__ __forceinline__ void barrier(int id, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");

@@ -3,7 +3,7 @@
 use super::kernel::Kernel;
 use super::launch::{Grid, Launch, arguments};
 use super::optim_kernels::OptimKernel;
-use crate::optim::{Control, GROUPS, Group, Norms, Step, Trust};
+use crate::optim::{BLOCK, Control, GROUPS, Group, Norms, Step, TILE, Trust};
 use crate::{Error, Result};
 
 /// A launch as kernels receive it: `Step` of optim.cuh.
@@ -22,7 +22,6 @@ struct Parameters {
     stochastic: i32,
     dtype_p: i32,
     dtype_g: i32,
-    spare: i32,
     groups: [Group; GROUPS],
 }
 
@@ -55,7 +54,6 @@ fn parameters(step: &Step, partials: u64) -> Result<Parameters> {
         stochastic: i32::from(step.stochastic),
         dtype_p: step.parameters as i32,
         dtype_g: step.gradients_dtype as i32,
-        spare: std::env::var("FEWBITS_OPTIM_VARIANT").ok().and_then(|v| v.parse().ok()).unwrap_or(0),
         groups: groups(step.groups),
     })
 }
@@ -73,11 +71,14 @@ pub unsafe fn step(step: &Step, device: usize, stream: u64) -> Result<()> {
     if !step.family.has_trust_ratio() {
         parameters.ratios = 0;
     }
+    let kernel = OptimKernel::step(step.family, step.bits, step.parameters, step.gradients_dtype);
+    let blocks = (step.tile_count * (TILE / BLOCK)) as u64;
     let launch = Launch {
         device,
         stream,
-        kernel: Kernel::Optim(OptimKernel::step(step.family, step.bits, step.parameters, step.gradients_dtype)),
-        grid: Grid::Overlapping(step.tile_count as u64),
+        kernel: Kernel::Optim(kernel),
+        // A block of elements for each warp.
+        grid: Grid::Overlapping(blocks.div_ceil(u64::from(kernel.threads() / 32))),
         describe: &|| describe(step),
     };
     // SAFETY: the one parameter of optim8_* and optim32_*; memory by the caller's promise.
@@ -137,7 +138,6 @@ pub unsafe fn trust(trust: &Trust, device: usize, stream: u64) -> Result<()> {
         stochastic: 0,
         dtype_p: 0,
         dtype_g: 0,
-        spare: 0,
         groups: groups(trust.groups),
     };
     let (lamb, ratios) = (i32::from(trust.family == crate::optim::Family::Lamb), trust.ratios);

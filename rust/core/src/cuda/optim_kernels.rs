@@ -103,7 +103,8 @@ impl OptimKernel {
     /// Threads of a block; the sources' `THREADS` and `FOLD`.
     pub fn threads(self) -> u32 {
         match self {
-            Self::Control | Self::Trust => 1024,
+            Self::Control | Self::Trust | Self::Step { bits: Bits::Eight, .. } => 1024,
+            Self::Step { bits: Bits::ThirtyTwo, .. } => 320,
             _ => 512,
         }
     }
