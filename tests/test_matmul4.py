@@ -217,7 +217,7 @@ def fused(weight: Weight, x: torch.Tensor) -> torch.Tensor | None:
     n, _ = weight.state.shape  # type: ignore[misc]
     out = torch.full((x.shape[0], n), torch.nan, dtype=x.dtype, device=x.device)
     ordinal, queue = target_queue(x.device)
-    scratch = _matmul.workspace(x, n, ordinal)
+    scratch = _matmul.workspace(x, x.shape[0], n, x.shape[1], ordinal)
     where = (0 if scratch is None else scratch.data_ptr(), ordinal, queue)
     arguments = (x.data_ptr(), x.shape[0], _checks.DTYPES[x.dtype], *weight.bound().native, 0, out.data_ptr())
     if not _native.matmul_4bit(*arguments, *where):  # type: ignore[arg-type]

@@ -20,7 +20,7 @@ from fewbits._checks import DTYPES, check_buffer, check_matmul_4bit
 from fewbits._launch import deliver, dense, target, target_queue
 from fewbits._panel import Bound, bind, panels
 
-FEW_ROWS = 64  # for which no kernel wants a workspace, not worth the question
+_FEW_ROWS = 64  # for which no kernel wants a workspace, not worth the question
 
 
 def matmul_4bit(
@@ -57,7 +57,7 @@ def matmul_4bit(
     if number is not None:
         bias_address = 0 if added is None else added.data_ptr()
         ordinal, queue = target_queue(A.device)
-        scratch = workspace(x, n, ordinal)
+        scratch = workspace(x, x.shape[0], n, k, ordinal)
         scratch_address = 0 if scratch is None else scratch.data_ptr()
         pointers = (*weight.native, bias_address, result.data_ptr(), scratch_address, ordinal, queue)
         if _native.matmul_4bit(x.data_ptr(), x.shape[0], number, *pointers):
@@ -77,10 +77,9 @@ def multiply_panels(x: torch.Tensor, weight: Bound, bias: torch.Tensor | None, y
             torch.addmm(bias if count == n else bias.narrow(0, first, count), x, panel.t(), out=columns)
 
 
-def workspace(x: torch.Tensor, n: int, ordinal: int) -> torch.Tensor | None:
-    """Return memory with which the native product of `x` (M, K) with a weight of `n` rows is faster, if any."""
-    m, k = x.shape
-    if ordinal < 0 or m <= FEW_ROWS or not (size := _native.matmul_4bit_workspace_size(m, n, k, ordinal)):
+def workspace(x: torch.Tensor, m: int, n: int, k: int, ordinal: int) -> torch.Tensor | None:
+    """Return memory beside `x` with which the native product of M × K and N × K is faster, if any."""
+    if ordinal < 0 or m <= _FEW_ROWS or not (size := _native.matmul_4bit_workspace_size(m, n, k, ordinal)):
         return None
     return x.new_empty(size, dtype=torch.uint8)
 

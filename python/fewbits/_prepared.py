@@ -18,7 +18,7 @@ from fewbits import _native
 from fewbits._checks import BLOCKSIZES, DTYPES, QUANT_TYPES, storage_count
 from fewbits._direct import fits, nested_addresses, target_of
 from fewbits._launch import PLAIN_TYPES, is_observed
-from fewbits._matmul import FEW_ROWS, multiply_panels, workspace
+from fewbits._matmul import multiply_panels, workspace
 from fewbits._panel import Bound
 from fewbits.quant_state import QuantState
 
@@ -184,11 +184,8 @@ def multiply(
         if shape[-1:] != (k,) or not m:
             return None
         y = A.new_empty(*shape[:-1], n)
-    if m <= FEW_ROWS or ordinal < 0:
-        address = 0
-    else:
-        scratch = workspace(A.view(m, k), n, ordinal)
-        address = 0 if scratch is None else scratch.data_ptr()
+    scratch = workspace(A, m, n, k, ordinal)
+    address = 0 if scratch is None else scratch.data_ptr()
     if not prepared.matmul(A.data_ptr(), m, number, bias_address, y.data_ptr(), address, ordinal, queue):
         multiply_panels(A.view(m, k), prepared.bound, bias, y.view(m, n))
     return y

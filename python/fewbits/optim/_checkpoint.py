@@ -12,6 +12,7 @@ import torch
 from fewbits.codebook import shared_table
 from fewbits.optim import _states
 from fewbits.optim._families import FAMILIES, check_values, parse_betas
+from fewbits.optim._paged_states import local
 
 if TYPE_CHECKING:
     from fewbits.optim._persistent import Persistent
@@ -102,7 +103,7 @@ def _state(
     flat = {key: value for key, value in flat.items() if key not in _states.IGNORED_KEYS}
     if not flat:
         return {}
-    whose = getattr(p, "_local_tensor", p)
+    whose = local(p)
     if not optimizer._steps_itself():
         family = FAMILIES[optimizer.optimizer_name]
         needed = family.states({**optimizer.defaults, **group})

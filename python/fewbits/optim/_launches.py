@@ -53,6 +53,7 @@ class Bundle:
         self.rows: list[Any] = []
         self.sources: list[Any] = []
         self.sent: list[int] | None = None
+        self.sent_by_graph = False
         self.control: torch.Tensor | None = None
         self.partials: torch.Tensor | None = None
 
@@ -131,8 +132,6 @@ class Bundle:
         # A graph leaves its own addresses behind, at times that nobody knows.
         self.sent = None if capturing or self.sent_by_graph else addresses
         self.sent_by_graph = capturing or self.sent_by_graph
-
-    sent_by_graph = False
 
     # ---- native calls ----
 

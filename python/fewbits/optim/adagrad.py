@@ -15,7 +15,38 @@ if TYPE_CHECKING:
 __all__ = ["Adagrad", "Adagrad8bit", "Adagrad32bit"]
 
 
-class Adagrad(Optimizer1State):
+class _Adagrad(Optimizer1State):
+    """What the classes of this rule have in common."""
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | torch.Tensor = 1e-2,
+        lr_decay: float = 0,
+        weight_decay: float = 0,
+        initial_accumulator_value: float = 0,
+        eps: float = 1e-10,
+        optim_bits: int = 32,
+        args: Any = None,
+        min_8bit_size: int = 4096,
+        **options: Unpack[Options],
+    ) -> None:
+        super().__init__(
+            "adagrad",
+            params,
+            lr,
+            (0.0, 0.0),
+            eps,
+            weight_decay,
+            optim_bits,
+            args,
+            min_8bit_size,
+            hyperparameters={"lr_decay": lr_decay, "initial_accumulator_value": initial_accumulator_value},
+            **options,
+        )
+
+
+class Adagrad(_Adagrad):
     """Adagrad (Duchi, Hazan and Singer 2011), as `torch.optim.Adagrad`.
 
     With the gradient g, plus ``weight_decay * p``::
@@ -61,35 +92,8 @@ class Adagrad(Optimizer1State):
     [0.75, -0.75]
     """
 
-    def __init__(
-        self,
-        params: Params,
-        lr: float | torch.Tensor = 1e-2,
-        lr_decay: float = 0,
-        weight_decay: float = 0,
-        initial_accumulator_value: float = 0,
-        eps: float = 1e-10,
-        optim_bits: int = 32,
-        args: Any = None,
-        min_8bit_size: int = 4096,
-        **options: Unpack[Options],
-    ) -> None:
-        super().__init__(
-            "adagrad",
-            params,
-            lr,
-            (0.0, 0.0),
-            eps,
-            weight_decay,
-            optim_bits,
-            args,
-            min_8bit_size,
-            hyperparameters={"lr_decay": lr_decay, "initial_accumulator_value": initial_accumulator_value},
-            **options,
-        )
 
-
-class Adagrad8bit(Optimizer1State):
+class Adagrad8bit(_Adagrad):
     """`Adagrad` with 8-bit states (Dettmers et al. 2022, 8-bit Optimizers via Block-wise Quantization)."""
 
     def __init__(
@@ -106,46 +110,18 @@ class Adagrad8bit(Optimizer1State):
         **options: Unpack[Options],
     ) -> None:
         super().__init__(
-            "adagrad",
             params,
             lr,
-            (0.0, 0.0),
-            eps,
+            lr_decay,
             weight_decay,
+            initial_accumulator_value,
+            eps,
             optim_bits,
             args,
             min_8bit_size,
-            hyperparameters={"lr_decay": lr_decay, "initial_accumulator_value": initial_accumulator_value},
             **options,
         )
 
 
-class Adagrad32bit(Optimizer1State):
+class Adagrad32bit(_Adagrad):
     """`Adagrad` with 32-bit states."""
-
-    def __init__(
-        self,
-        params: Params,
-        lr: float | torch.Tensor = 1e-2,
-        lr_decay: float = 0,
-        weight_decay: float = 0,
-        initial_accumulator_value: float = 0,
-        eps: float = 1e-10,
-        optim_bits: int = 32,
-        args: Any = None,
-        min_8bit_size: int = 4096,
-        **options: Unpack[Options],
-    ) -> None:
-        super().__init__(
-            "adagrad",
-            params,
-            lr,
-            (0.0, 0.0),
-            eps,
-            weight_decay,
-            optim_bits,
-            args,
-            min_8bit_size,
-            hyperparameters={"lr_decay": lr_decay, "initial_accumulator_value": initial_accumulator_value},
-            **options,
-        )

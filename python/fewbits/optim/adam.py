@@ -6,17 +6,54 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fewbits.optim._families import eight_bits
 from fewbits.optim._options import Options, Params
 from fewbits.optim.optimizer import Optimizer2State
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-from fewbits.optim._families import eight_bits
 
 __all__ = ["Adam", "Adam8bit", "Adam32bit", "PagedAdam", "PagedAdam8bit", "PagedAdam32bit"]
 
 
-class Adam(Optimizer2State):
+class _Adam(Optimizer2State):
+    """What the classes of this rule have in common."""
+
+    _decoupled = False
+    _only_8bit = False
+    _always_paged = False
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | torch.Tensor = 1e-3,
+        betas: Any = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        amsgrad: bool = False,
+        optim_bits: int = 32,
+        args: Any = None,
+        min_8bit_size: int = 4096,
+        is_paged: bool = False,
+        **options: Unpack[Options],
+    ) -> None:
+        super().__init__(
+            "adam",
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            eight_bits(optim_bits) if self._only_8bit else optim_bits,
+            args,
+            min_8bit_size,
+            is_paged=is_paged or self._always_paged,
+            hyperparameters={"amsgrad": amsgrad},
+            **options,
+        )
+
+
+class Adam(_Adam):
     """Adam (Kingma and Ba 2015), with weight decay as in `torch.optim.Adam`.
 
     With the gradient g, plus ``weight_decay * p``::
@@ -67,225 +104,49 @@ class Adam(Optimizer2State):
     [0.8999999761581421, -0.8999999761581421]
     """
 
-    _decoupled = False
 
-    def __init__(
-        self,
-        params: Params,
-        lr: float | torch.Tensor = 1e-3,
-        betas: Any = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0,
-        amsgrad: bool = False,
-        optim_bits: int = 32,
-        args: Any = None,
-        min_8bit_size: int = 4096,
-        is_paged: bool = False,
-        **options: Unpack[Options],
-    ) -> None:
-        super().__init__(
-            "adam",
-            params,
-            lr,
-            betas,
-            eps,
-            weight_decay,
-            optim_bits,
-            args,
-            min_8bit_size,
-            is_paged=is_paged,
-            hyperparameters={"amsgrad": amsgrad},
-            **options,
-        )
-
-
-class Adam8bit(Optimizer2State):
+class Adam8bit(_Adam):
     """`Adam` with 8-bit states (Dettmers et al. 2022, 8-bit Optimizers via Block-wise Quantization).
 
     `optim_bits` is here for compatibility: 8, or the default 32, and the states have 8 bits in either case. `amsgrad`
     must be False.
     """
 
-    _decoupled = False
-
-    def __init__(
-        self,
-        params: Params,
-        lr: float | torch.Tensor = 1e-3,
-        betas: Any = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0,
-        amsgrad: bool = False,
-        optim_bits: int = 32,
-        args: Any = None,
-        min_8bit_size: int = 4096,
-        is_paged: bool = False,
-        **options: Unpack[Options],
-    ) -> None:
-        super().__init__(
-            "adam",
-            params,
-            lr,
-            betas,
-            eps,
-            weight_decay,
-            eight_bits(optim_bits),
-            args,
-            min_8bit_size,
-            is_paged=is_paged,
-            hyperparameters={"amsgrad": amsgrad},
-            **options,
-        )
+    _only_8bit = True
 
 
-class Adam32bit(Optimizer2State):
+class Adam32bit(_Adam):
     """`Adam` with 32-bit states.
 
     With ``optim_bits=8`` the states have 8 bits after all.
     """
 
-    _decoupled = False
 
-    def __init__(
-        self,
-        params: Params,
-        lr: float | torch.Tensor = 1e-3,
-        betas: Any = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0,
-        amsgrad: bool = False,
-        optim_bits: int = 32,
-        args: Any = None,
-        min_8bit_size: int = 4096,
-        is_paged: bool = False,
-        **options: Unpack[Options],
-    ) -> None:
-        super().__init__(
-            "adam",
-            params,
-            lr,
-            betas,
-            eps,
-            weight_decay,
-            optim_bits,
-            args,
-            min_8bit_size,
-            is_paged=is_paged,
-            hyperparameters={"amsgrad": amsgrad},
-            **options,
-        )
-
-
-class PagedAdam(Optimizer2State):
+class PagedAdam(_Adam):
     """`Adam` with states that may live in host memory.
+
     `is_paged` is here for compatibility: these are paged in either case.
     """
 
-    _decoupled = False
-
-    def __init__(
-        self,
-        params: Params,
-        lr: float | torch.Tensor = 1e-3,
-        betas: Any = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0,
-        amsgrad: bool = False,
-        optim_bits: int = 32,
-        args: Any = None,
-        min_8bit_size: int = 4096,
-        is_paged: bool = False,
-        **options: Unpack[Options],
-    ) -> None:
-        super().__init__(
-            "adam",
-            params,
-            lr,
-            betas,
-            eps,
-            weight_decay,
-            optim_bits,
-            args,
-            min_8bit_size,
-            is_paged=True,
-            hyperparameters={"amsgrad": amsgrad},
-            **options,
-        )
+    _always_paged = True
 
 
-class PagedAdam8bit(Optimizer2State):
+class PagedAdam8bit(_Adam):
     """`Adam` with 8-bit states that may live in host memory.
 
     `optim_bits` is here for compatibility: 8, or the default 32, and the states have 8 bits in either case.
     `is_paged` is here for compatibility: these are paged in either case. `amsgrad` must be False.
     """
 
-    _decoupled = False
-
-    def __init__(
-        self,
-        params: Params,
-        lr: float | torch.Tensor = 1e-3,
-        betas: Any = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0,
-        amsgrad: bool = False,
-        optim_bits: int = 32,
-        args: Any = None,
-        min_8bit_size: int = 4096,
-        is_paged: bool = False,
-        **options: Unpack[Options],
-    ) -> None:
-        super().__init__(
-            "adam",
-            params,
-            lr,
-            betas,
-            eps,
-            weight_decay,
-            eight_bits(optim_bits),
-            args,
-            min_8bit_size,
-            is_paged=True,
-            hyperparameters={"amsgrad": amsgrad},
-            **options,
-        )
+    _only_8bit = True
+    _always_paged = True
 
 
-class PagedAdam32bit(Optimizer2State):
+class PagedAdam32bit(_Adam):
     """`Adam` with 32-bit states that may live in host memory.
 
     With ``optim_bits=8`` the states have 8 bits after all.
     `is_paged` is here for compatibility: these are paged in either case.
     """
 
-    _decoupled = False
-
-    def __init__(
-        self,
-        params: Params,
-        lr: float | torch.Tensor = 1e-3,
-        betas: Any = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0,
-        amsgrad: bool = False,
-        optim_bits: int = 32,
-        args: Any = None,
-        min_8bit_size: int = 4096,
-        is_paged: bool = False,
-        **options: Unpack[Options],
-    ) -> None:
-        super().__init__(
-            "adam",
-            params,
-            lr,
-            betas,
-            eps,
-            weight_decay,
-            optim_bits,
-            args,
-            min_8bit_size,
-            is_paged=True,
-            hyperparameters={"amsgrad": amsgrad},
-            **options,
-        )
+    _always_paged = True

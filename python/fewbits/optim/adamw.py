@@ -7,16 +7,39 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fewbits.optim._options import Options, Params
-from fewbits.optim.optimizer import Optimizer2State
+from fewbits.optim.adam import _Adam
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-from fewbits.optim._families import eight_bits
 
 __all__ = ["AdamW", "AdamW8bit", "AdamW32bit", "PagedAdamW", "PagedAdamW8bit", "PagedAdamW32bit"]
 
 
-class AdamW(Optimizer2State):
+class _AdamW(_Adam):
+    """What the classes of this rule have in common."""
+
+    _decoupled = True
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | torch.Tensor = 1e-3,
+        betas: Any = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        optim_bits: int = 32,
+        args: Any = None,
+        min_8bit_size: int = 4096,
+        is_paged: bool = False,
+        **options: Unpack[Options],
+    ) -> None:
+        super().__init__(
+            params, lr, betas, eps, weight_decay, amsgrad, optim_bits, args, min_8bit_size, is_paged, **options
+        )
+
+
+class AdamW(_AdamW):
     """AdamW (Loshchilov and Hutter 2019): Adam with decoupled weight decay, as `torch.optim.AdamW`.
 
     With the gradient g::
@@ -66,79 +89,27 @@ class AdamW(Optimizer2State):
     [0.8989999890327454, -0.8989999890327454]
     """
 
-    def __init__(
-        self,
-        params: Params,
-        lr: float | torch.Tensor = 1e-3,
-        betas: Any = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 1e-2,
-        amsgrad: bool = False,
-        optim_bits: int = 32,
-        args: Any = None,
-        min_8bit_size: int = 4096,
-        is_paged: bool = False,
-        **options: Unpack[Options],
-    ) -> None:
-        super().__init__(
-            "adam",
-            params,
-            lr,
-            betas,
-            eps,
-            weight_decay,
-            optim_bits,
-            args,
-            min_8bit_size,
-            is_paged=is_paged,
-            hyperparameters={"amsgrad": amsgrad},
-            **options,
-        )
 
-
-class AdamW8bit(Optimizer2State):
+class AdamW8bit(_AdamW):
     """`AdamW` with 8-bit states (Dettmers et al. 2022, 8-bit Optimizers via Block-wise Quantization).
 
     `optim_bits` is here for compatibility: 8, or the default 32, and the states have 8 bits in either case. `amsgrad`
     must be False.
     """
 
-    def __init__(
-        self,
-        params: Params,
-        lr: float | torch.Tensor = 1e-3,
-        betas: Any = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 1e-2,
-        amsgrad: bool = False,
-        optim_bits: int = 32,
-        args: Any = None,
-        min_8bit_size: int = 4096,
-        is_paged: bool = False,
-        **options: Unpack[Options],
-    ) -> None:
-        super().__init__(
-            "adam",
-            params,
-            lr,
-            betas,
-            eps,
-            weight_decay,
-            eight_bits(optim_bits),
-            args,
-            min_8bit_size,
-            is_paged=is_paged,
-            hyperparameters={"amsgrad": amsgrad},
-            **options,
-        )
+    _only_8bit = True
 
 
-class AdamW32bit(Optimizer2State):
+class AdamW32bit(_AdamW):
     """`AdamW` with 32-bit states.
 
     With ``optim_bits=8`` the states have 8 bits after all.
     """
 
+
+class _PagedAdamW(_AdamW):
+    """The same without the argument `is_paged`."""
+
     def __init__(
         self,
         params: Params,
@@ -150,123 +121,29 @@ class AdamW32bit(Optimizer2State):
         optim_bits: int = 32,
         args: Any = None,
         min_8bit_size: int = 4096,
-        is_paged: bool = False,
         **options: Unpack[Options],
     ) -> None:
         super().__init__(
-            "adam",
-            params,
-            lr,
-            betas,
-            eps,
-            weight_decay,
-            optim_bits,
-            args,
-            min_8bit_size,
-            is_paged=is_paged,
-            hyperparameters={"amsgrad": amsgrad},
-            **options,
+            params, lr, betas, eps, weight_decay, amsgrad, optim_bits, args, min_8bit_size, True, **options
         )
 
 
-class PagedAdamW(Optimizer2State):
+class PagedAdamW(_PagedAdamW):
     """`AdamW` with states that may live in host memory."""
 
-    def __init__(
-        self,
-        params: Params,
-        lr: float | torch.Tensor = 1e-3,
-        betas: Any = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 1e-2,
-        amsgrad: bool = False,
-        optim_bits: int = 32,
-        args: Any = None,
-        min_8bit_size: int = 4096,
-        **options: Unpack[Options],
-    ) -> None:
-        super().__init__(
-            "adam",
-            params,
-            lr,
-            betas,
-            eps,
-            weight_decay,
-            optim_bits,
-            args,
-            min_8bit_size,
-            is_paged=True,
-            hyperparameters={"amsgrad": amsgrad},
-            **options,
-        )
 
-
-class PagedAdamW8bit(Optimizer2State):
+class PagedAdamW8bit(_PagedAdamW):
     """`AdamW` with 8-bit states that may live in host memory.
 
     `optim_bits` is here for compatibility: 8, or the default 32, and the states have 8 bits in either case. `amsgrad`
     must be False.
     """
 
-    def __init__(
-        self,
-        params: Params,
-        lr: float | torch.Tensor = 1e-3,
-        betas: Any = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 1e-2,
-        amsgrad: bool = False,
-        optim_bits: int = 32,
-        args: Any = None,
-        min_8bit_size: int = 4096,
-        **options: Unpack[Options],
-    ) -> None:
-        super().__init__(
-            "adam",
-            params,
-            lr,
-            betas,
-            eps,
-            weight_decay,
-            eight_bits(optim_bits),
-            args,
-            min_8bit_size,
-            is_paged=True,
-            hyperparameters={"amsgrad": amsgrad},
-            **options,
-        )
+    _only_8bit = True
 
 
-class PagedAdamW32bit(Optimizer2State):
+class PagedAdamW32bit(_PagedAdamW):
     """`AdamW` with 32-bit states that may live in host memory.
 
     With ``optim_bits=8`` the states have 8 bits after all.
     """
-
-    def __init__(
-        self,
-        params: Params,
-        lr: float | torch.Tensor = 1e-3,
-        betas: Any = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 1e-2,
-        amsgrad: bool = False,
-        optim_bits: int = 32,
-        args: Any = None,
-        min_8bit_size: int = 4096,
-        **options: Unpack[Options],
-    ) -> None:
-        super().__init__(
-            "adam",
-            params,
-            lr,
-            betas,
-            eps,
-            weight_decay,
-            optim_bits,
-            args,
-            min_8bit_size,
-            is_paged=True,
-            hyperparameters={"amsgrad": amsgrad},
-            **options,
-        )

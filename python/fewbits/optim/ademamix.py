@@ -102,48 +102,51 @@ class AdEMAMix(Optimizer2State):
         )
 
 
-class AdEMAMix8bit(AdEMAMix):
+class _SizedAdEMAMix(AdEMAMix):
+    """The same with states of one width, without the argument `optim_bits`."""
+
+    _width: int
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | torch.Tensor = 1e-3,
+        betas: Any = (0.9, 0.999, 0.9999),
+        alpha: float = 5.0,
+        t_alpha: int | None = None,
+        t_beta3: int | None = None,
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        min_8bit_size: int = 4096,
+        is_paged: bool = False,
+        **options: Unpack[Options],
+    ) -> None:
+        super().__init__(
+            params,
+            lr,
+            betas,
+            alpha,
+            t_alpha,
+            t_beta3,
+            eps,
+            weight_decay,
+            self._width,
+            min_8bit_size,
+            is_paged,
+            **options,
+        )
+
+
+class AdEMAMix8bit(_SizedAdEMAMix):
     """`AdEMAMix` with 8-bit states (Dettmers et al. 2022, 8-bit Optimizers via Block-wise Quantization)."""
 
-    def __init__(
-        self,
-        params: Params,
-        lr: float | torch.Tensor = 1e-3,
-        betas: Any = (0.9, 0.999, 0.9999),
-        alpha: float = 5.0,
-        t_alpha: int | None = None,
-        t_beta3: int | None = None,
-        eps: float = 1e-8,
-        weight_decay: float = 1e-2,
-        min_8bit_size: int = 4096,
-        is_paged: bool = False,
-        **options: Unpack[Options],
-    ) -> None:
-        super().__init__(
-            params, lr, betas, alpha, t_alpha, t_beta3, eps, weight_decay, 8, min_8bit_size, is_paged, **options
-        )
+    _width = 8
 
 
-class AdEMAMix32bit(AdEMAMix):
+class AdEMAMix32bit(_SizedAdEMAMix):
     """`AdEMAMix` with 32-bit states."""
 
-    def __init__(
-        self,
-        params: Params,
-        lr: float | torch.Tensor = 1e-3,
-        betas: Any = (0.9, 0.999, 0.9999),
-        alpha: float = 5.0,
-        t_alpha: int | None = None,
-        t_beta3: int | None = None,
-        eps: float = 1e-8,
-        weight_decay: float = 1e-2,
-        min_8bit_size: int = 4096,
-        is_paged: bool = False,
-        **options: Unpack[Options],
-    ) -> None:
-        super().__init__(
-            params, lr, betas, alpha, t_alpha, t_beta3, eps, weight_decay, 32, min_8bit_size, is_paged, **options
-        )
+    _width = 32
 
 
 class PagedAdEMAMix(AdEMAMix):
@@ -168,39 +171,28 @@ class PagedAdEMAMix(AdEMAMix):
         )
 
 
-class PagedAdEMAMix8bit(AdEMAMix8bit):
+class _PagedSizedAdEMAMix(_SizedAdEMAMix):
+    """The same without the argument `is_paged`."""
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | torch.Tensor = 1e-3,
+        betas: Any = (0.9, 0.999, 0.9999),
+        alpha: float = 5.0,
+        t_alpha: int | None = None,
+        t_beta3: int | None = None,
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        min_8bit_size: int = 4096,
+        **options: Unpack[Options],
+    ) -> None:
+        super().__init__(params, lr, betas, alpha, t_alpha, t_beta3, eps, weight_decay, min_8bit_size, True, **options)
+
+
+class PagedAdEMAMix8bit(_PagedSizedAdEMAMix, AdEMAMix8bit):
     """`AdEMAMix` with 8-bit states that may live in host memory."""
 
-    def __init__(
-        self,
-        params: Params,
-        lr: float | torch.Tensor = 1e-3,
-        betas: Any = (0.9, 0.999, 0.9999),
-        alpha: float = 5.0,
-        t_alpha: int | None = None,
-        t_beta3: int | None = None,
-        eps: float = 1e-8,
-        weight_decay: float = 1e-2,
-        min_8bit_size: int = 4096,
-        **options: Unpack[Options],
-    ) -> None:
-        super().__init__(params, lr, betas, alpha, t_alpha, t_beta3, eps, weight_decay, min_8bit_size, True, **options)
 
-
-class PagedAdEMAMix32bit(AdEMAMix32bit):
+class PagedAdEMAMix32bit(_PagedSizedAdEMAMix, AdEMAMix32bit):
     """`AdEMAMix` with 32-bit states that may live in host memory."""
-
-    def __init__(
-        self,
-        params: Params,
-        lr: float | torch.Tensor = 1e-3,
-        betas: Any = (0.9, 0.999, 0.9999),
-        alpha: float = 5.0,
-        t_alpha: int | None = None,
-        t_beta3: int | None = None,
-        eps: float = 1e-8,
-        weight_decay: float = 1e-2,
-        min_8bit_size: int = 4096,
-        **options: Unpack[Options],
-    ) -> None:
-        super().__init__(params, lr, betas, alpha, t_alpha, t_beta3, eps, weight_decay, min_8bit_size, True, **options)

@@ -6,17 +6,52 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fewbits.optim._families import no_amsgrad
 from fewbits.optim._options import Options, Params
 from fewbits.optim.optimizer import Optimizer2State
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-from fewbits.optim._families import no_amsgrad
 
 __all__ = ["LAMB", "LAMB8bit", "LAMB32bit"]
 
 
-class LAMB(Optimizer2State):
+class _LAMB(Optimizer2State):
+    """What the classes of this rule have in common."""
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | torch.Tensor = 1e-3,
+        bias_correction: bool = True,
+        betas: Any = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        amsgrad: bool = False,
+        adam_w_mode: bool = True,
+        optim_bits: int = 32,
+        args: Any = None,
+        min_8bit_size: int = 4096,
+        max_unorm: float = 1.0,
+        **options: Unpack[Options],
+    ) -> None:
+        super().__init__(
+            "lamb",
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            optim_bits,
+            args,
+            min_8bit_size,
+            max_unorm,
+            hyperparameters=no_amsgrad(amsgrad, bias_correction=bias_correction, adam_w_mode=adam_w_mode),
+            **options,
+        )
+
+
+class LAMB(_LAMB):
     """LAMB (You et al. 2020, Large Batch Optimization for Deep Learning, algorithm 2 with the identity for phi).
 
     Adam whose update r is given, for each tensor, the norm of the tensor::
@@ -70,6 +105,12 @@ class LAMB(Optimizer2State):
     [0.75, -0.75]
     """
 
+
+class _SizedLAMB(_LAMB):
+    """The same with states of one width, without the argument `optim_bits`."""
+
+    _width: int
+
     def __init__(
         self,
         params: Params,
@@ -80,91 +121,35 @@ class LAMB(Optimizer2State):
         weight_decay: float = 0,
         amsgrad: bool = False,
         adam_w_mode: bool = True,
-        optim_bits: int = 32,
         args: Any = None,
         min_8bit_size: int = 4096,
         max_unorm: float = 1.0,
         **options: Unpack[Options],
     ) -> None:
         super().__init__(
-            "lamb",
             params,
             lr,
+            bias_correction,
             betas,
             eps,
             weight_decay,
-            optim_bits,
+            amsgrad,
+            adam_w_mode,
+            self._width,
             args,
             min_8bit_size,
             max_unorm,
-            hyperparameters=no_amsgrad(amsgrad, bias_correction=bias_correction, adam_w_mode=adam_w_mode),
             **options,
         )
 
 
-class LAMB8bit(Optimizer2State):
+class LAMB8bit(_SizedLAMB):
     """`LAMB` with 8-bit states (Dettmers et al. 2022, 8-bit Optimizers via Block-wise Quantization)."""
 
-    def __init__(
-        self,
-        params: Params,
-        lr: float | torch.Tensor = 1e-3,
-        bias_correction: bool = True,
-        betas: Any = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0,
-        amsgrad: bool = False,
-        adam_w_mode: bool = True,
-        args: Any = None,
-        min_8bit_size: int = 4096,
-        max_unorm: float = 1.0,
-        **options: Unpack[Options],
-    ) -> None:
-        super().__init__(
-            "lamb",
-            params,
-            lr,
-            betas,
-            eps,
-            weight_decay,
-            8,
-            args,
-            min_8bit_size,
-            max_unorm,
-            hyperparameters=no_amsgrad(amsgrad, bias_correction=bias_correction, adam_w_mode=adam_w_mode),
-            **options,
-        )
+    _width = 8
 
 
-class LAMB32bit(Optimizer2State):
+class LAMB32bit(_SizedLAMB):
     """`LAMB` with 32-bit states."""
 
-    def __init__(
-        self,
-        params: Params,
-        lr: float | torch.Tensor = 1e-3,
-        bias_correction: bool = True,
-        betas: Any = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0,
-        amsgrad: bool = False,
-        adam_w_mode: bool = True,
-        args: Any = None,
-        min_8bit_size: int = 4096,
-        max_unorm: float = 1.0,
-        **options: Unpack[Options],
-    ) -> None:
-        super().__init__(
-            "lamb",
-            params,
-            lr,
-            betas,
-            eps,
-            weight_decay,
-            32,
-            args,
-            min_8bit_size,
-            max_unorm,
-            hyperparameters=no_amsgrad(amsgrad, bias_correction=bias_correction, adam_w_mode=adam_w_mode),
-            **options,
-        )
+    _width = 32

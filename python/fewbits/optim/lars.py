@@ -15,7 +15,40 @@ if TYPE_CHECKING:
 __all__ = ["LARS", "LARS8bit", "LARS32bit", "PytorchLARS"]
 
 
-class LARS(Optimizer1State):
+class _LARS(Optimizer1State):
+    """What the classes of this rule have in common."""
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | torch.Tensor,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float = 0,
+        nesterov: bool = False,
+        optim_bits: int = 32,
+        args: Any = None,
+        min_8bit_size: int = 4096,
+        max_unorm: float = 0.02,
+        **options: Unpack[Options],
+    ) -> None:
+        super().__init__(
+            "lars",
+            params,
+            lr,
+            (momentum, 0.0),
+            0.0,
+            weight_decay,
+            optim_bits,
+            args,
+            min_8bit_size,
+            max_unorm,
+            hyperparameters={"dampening": dampening, "nesterov": nesterov},
+            **options,
+        )
+
+
+class LARS(_LARS):
     """LARS (You, Gitman and Ginsburg 2017, Large Batch Training of Convolutional Networks, algorithm 1).
 
     SGD whose gradient is scaled for each tensor before it enters the momentum::
@@ -65,6 +98,12 @@ class LARS(Optimizer1State):
     [0.5, -0.5]
     """
 
+
+class _SizedLARS(_LARS):
+    """The same with states of one width, without the argument `optim_bits`."""
+
+    _width: int
+
     def __init__(
         self,
         params: Params,
@@ -73,90 +112,36 @@ class LARS(Optimizer1State):
         dampening: float = 0,
         weight_decay: float = 0,
         nesterov: bool = False,
-        optim_bits: int = 32,
         args: Any = None,
         min_8bit_size: int = 4096,
         max_unorm: float = 0.02,
         **options: Unpack[Options],
     ) -> None:
         super().__init__(
-            "lars",
             params,
             lr,
-            (momentum, 0.0),
-            0.0,
+            momentum,
+            dampening,
             weight_decay,
-            optim_bits,
+            nesterov,
+            self._width,
             args,
             min_8bit_size,
             max_unorm,
-            hyperparameters={"dampening": dampening, "nesterov": nesterov},
             **options,
         )
 
 
-class LARS8bit(Optimizer1State):
+class LARS8bit(_SizedLARS):
     """`LARS` with 8-bit states (Dettmers et al. 2022, 8-bit Optimizers via Block-wise Quantization)."""
 
-    def __init__(
-        self,
-        params: Params,
-        lr: float | torch.Tensor,
-        momentum: float = 0,
-        dampening: float = 0,
-        weight_decay: float = 0,
-        nesterov: bool = False,
-        args: Any = None,
-        min_8bit_size: int = 4096,
-        max_unorm: float = 0.02,
-        **options: Unpack[Options],
-    ) -> None:
-        super().__init__(
-            "lars",
-            params,
-            lr,
-            (momentum, 0.0),
-            0.0,
-            weight_decay,
-            8,
-            args,
-            min_8bit_size,
-            max_unorm,
-            hyperparameters={"dampening": dampening, "nesterov": nesterov},
-            **options,
-        )
+    _width = 8
 
 
-class LARS32bit(Optimizer1State):
+class LARS32bit(_SizedLARS):
     """`LARS` with 32-bit states."""
 
-    def __init__(
-        self,
-        params: Params,
-        lr: float | torch.Tensor,
-        momentum: float = 0,
-        dampening: float = 0,
-        weight_decay: float = 0,
-        nesterov: bool = False,
-        args: Any = None,
-        min_8bit_size: int = 4096,
-        max_unorm: float = 0.02,
-        **options: Unpack[Options],
-    ) -> None:
-        super().__init__(
-            "lars",
-            params,
-            lr,
-            (momentum, 0.0),
-            0.0,
-            weight_decay,
-            32,
-            args,
-            min_8bit_size,
-            max_unorm,
-            hyperparameters={"dampening": dampening, "nesterov": nesterov},
-            **options,
-        )
+    _width = 32
 
 
 class PytorchLARS(torch.optim.Optimizer):

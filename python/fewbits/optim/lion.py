@@ -15,7 +15,27 @@ if TYPE_CHECKING:
 __all__ = ["Lion", "Lion8bit", "Lion32bit", "PagedLion", "PagedLion8bit", "PagedLion32bit"]
 
 
-class Lion(Optimizer1State):
+class _Lion(Optimizer1State):
+    """What the classes of this rule have in common."""
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | torch.Tensor = 1e-4,
+        betas: Any = (0.9, 0.99),
+        weight_decay: float = 0,
+        optim_bits: int = 32,
+        args: Any = None,
+        min_8bit_size: int = 4096,
+        is_paged: bool = False,
+        **options: Unpack[Options],
+    ) -> None:
+        super().__init__(
+            "lion", params, lr, betas, 0.0, weight_decay, optim_bits, args, min_8bit_size, is_paged=is_paged, **options
+        )
+
+
+class Lion(_Lion):
     """Lion (Chen et al. 2023, Symbolic Discovery of Optimization Algorithms).
 
     With the gradient g::
@@ -60,62 +80,39 @@ class Lion(Optimizer1State):
     [0.75, -0.75]
     """
 
+
+class _SizedLion(_Lion):
+    """The same with states of one width, without the argument `optim_bits`."""
+
+    _width: int
+
     def __init__(
         self,
         params: Params,
         lr: float | torch.Tensor = 1e-4,
         betas: Any = (0.9, 0.99),
         weight_decay: float = 0,
-        optim_bits: int = 32,
         args: Any = None,
         min_8bit_size: int = 4096,
         is_paged: bool = False,
         **options: Unpack[Options],
     ) -> None:
-        super().__init__(
-            "lion", params, lr, betas, 0.0, weight_decay, optim_bits, args, min_8bit_size, is_paged=is_paged, **options
-        )
+        super().__init__(params, lr, betas, weight_decay, self._width, args, min_8bit_size, is_paged, **options)
 
 
-class Lion8bit(Optimizer1State):
+class Lion8bit(_SizedLion):
     """`Lion` with 8-bit states (Dettmers et al. 2022, 8-bit Optimizers via Block-wise Quantization)."""
 
-    def __init__(
-        self,
-        params: Params,
-        lr: float | torch.Tensor = 1e-4,
-        betas: Any = (0.9, 0.99),
-        weight_decay: float = 0,
-        args: Any = None,
-        min_8bit_size: int = 4096,
-        is_paged: bool = False,
-        **options: Unpack[Options],
-    ) -> None:
-        super().__init__(
-            "lion", params, lr, betas, 0.0, weight_decay, 8, args, min_8bit_size, is_paged=is_paged, **options
-        )
+    _width = 8
 
 
-class Lion32bit(Optimizer1State):
+class Lion32bit(_SizedLion):
     """`Lion` with 32-bit states."""
 
-    def __init__(
-        self,
-        params: Params,
-        lr: float | torch.Tensor = 1e-4,
-        betas: Any = (0.9, 0.99),
-        weight_decay: float = 0,
-        args: Any = None,
-        min_8bit_size: int = 4096,
-        is_paged: bool = False,
-        **options: Unpack[Options],
-    ) -> None:
-        super().__init__(
-            "lion", params, lr, betas, 0.0, weight_decay, 32, args, min_8bit_size, is_paged=is_paged, **options
-        )
+    _width = 32
 
 
-class PagedLion(Optimizer1State):
+class PagedLion(_Lion):
     """`Lion` with states that may live in host memory."""
 
     def __init__(
@@ -129,40 +126,32 @@ class PagedLion(Optimizer1State):
         min_8bit_size: int = 4096,
         **options: Unpack[Options],
     ) -> None:
-        super().__init__(
-            "lion", params, lr, betas, 0.0, weight_decay, optim_bits, args, min_8bit_size, is_paged=True, **options
-        )
+        super().__init__(params, lr, betas, weight_decay, optim_bits, args, min_8bit_size, True, **options)
 
 
-class PagedLion8bit(Optimizer1State):
+class _PagedSizedLion(_SizedLion):
+    """The same without the argument `is_paged`."""
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | torch.Tensor = 1e-4,
+        betas: Any = (0.9, 0.99),
+        weight_decay: float = 0,
+        args: Any = None,
+        min_8bit_size: int = 4096,
+        **options: Unpack[Options],
+    ) -> None:
+        super().__init__(params, lr, betas, weight_decay, args, min_8bit_size, True, **options)
+
+
+class PagedLion8bit(_PagedSizedLion):
     """`Lion` with 8-bit states that may live in host memory."""
 
-    def __init__(
-        self,
-        params: Params,
-        lr: float | torch.Tensor = 1e-4,
-        betas: Any = (0.9, 0.99),
-        weight_decay: float = 0,
-        args: Any = None,
-        min_8bit_size: int = 4096,
-        **options: Unpack[Options],
-    ) -> None:
-        super().__init__("lion", params, lr, betas, 0.0, weight_decay, 8, args, min_8bit_size, is_paged=True, **options)
+    _width = 8
 
 
-class PagedLion32bit(Optimizer1State):
+class PagedLion32bit(_PagedSizedLion):
     """`Lion` with 32-bit states that may live in host memory."""
 
-    def __init__(
-        self,
-        params: Params,
-        lr: float | torch.Tensor = 1e-4,
-        betas: Any = (0.9, 0.99),
-        weight_decay: float = 0,
-        args: Any = None,
-        min_8bit_size: int = 4096,
-        **options: Unpack[Options],
-    ) -> None:
-        super().__init__(
-            "lion", params, lr, betas, 0.0, weight_decay, 32, args, min_8bit_size, is_paged=True, **options
-        )
+    _width = 32

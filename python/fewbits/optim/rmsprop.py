@@ -15,7 +15,39 @@ if TYPE_CHECKING:
 __all__ = ["RMSprop", "RMSprop8bit", "RMSprop32bit"]
 
 
-class RMSprop(Optimizer1State):
+class _RMSprop(Optimizer1State):
+    """What the classes of this rule have in common."""
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | torch.Tensor = 1e-2,
+        alpha: float = 0.99,
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        momentum: float = 0,
+        centered: bool = False,
+        optim_bits: int = 32,
+        args: Any = None,
+        min_8bit_size: int = 4096,
+        **options: Unpack[Options],
+    ) -> None:
+        super().__init__(
+            "rmsprop",
+            params,
+            lr,
+            (alpha, momentum),
+            eps,
+            weight_decay,
+            optim_bits,
+            args,
+            min_8bit_size,
+            hyperparameters={"centered": centered},
+            **options,
+        )
+
+
+class RMSprop(_RMSprop):
     """RMSprop (Tieleman and Hinton 2012), as `torch.optim.RMSprop`.
 
     With the gradient g, plus ``weight_decay * p``::
@@ -66,6 +98,12 @@ class RMSprop(Optimizer1State):
     [0.949999988079071, -0.949999988079071]
     """
 
+
+class _SizedRMSprop(_RMSprop):
+    """The same with states of one width, without the argument `optim_bits`."""
+
+    _width: int
+
     def __init__(
         self,
         params: Params,
@@ -75,83 +113,22 @@ class RMSprop(Optimizer1State):
         weight_decay: float = 0,
         momentum: float = 0,
         centered: bool = False,
-        optim_bits: int = 32,
         args: Any = None,
         min_8bit_size: int = 4096,
         **options: Unpack[Options],
     ) -> None:
         super().__init__(
-            "rmsprop",
-            params,
-            lr,
-            (alpha, momentum),
-            eps,
-            weight_decay,
-            optim_bits,
-            args,
-            min_8bit_size,
-            hyperparameters={"centered": centered},
-            **options,
+            params, lr, alpha, eps, weight_decay, momentum, centered, self._width, args, min_8bit_size, **options
         )
 
 
-class RMSprop8bit(Optimizer1State):
+class RMSprop8bit(_SizedRMSprop):
     """`RMSprop` with 8-bit states (Dettmers et al. 2022, 8-bit Optimizers via Block-wise Quantization)."""
 
-    def __init__(
-        self,
-        params: Params,
-        lr: float | torch.Tensor = 1e-2,
-        alpha: float = 0.99,
-        eps: float = 1e-8,
-        weight_decay: float = 0,
-        momentum: float = 0,
-        centered: bool = False,
-        args: Any = None,
-        min_8bit_size: int = 4096,
-        **options: Unpack[Options],
-    ) -> None:
-        super().__init__(
-            "rmsprop",
-            params,
-            lr,
-            (alpha, momentum),
-            eps,
-            weight_decay,
-            8,
-            args,
-            min_8bit_size,
-            hyperparameters={"centered": centered},
-            **options,
-        )
+    _width = 8
 
 
-class RMSprop32bit(Optimizer1State):
+class RMSprop32bit(_SizedRMSprop):
     """`RMSprop` with 32-bit states."""
 
-    def __init__(
-        self,
-        params: Params,
-        lr: float | torch.Tensor = 1e-2,
-        alpha: float = 0.99,
-        eps: float = 1e-8,
-        weight_decay: float = 0,
-        momentum: float = 0,
-        centered: bool = False,
-        args: Any = None,
-        min_8bit_size: int = 4096,
-        **options: Unpack[Options],
-    ) -> None:
-        super().__init__(
-            "rmsprop",
-            params,
-            lr,
-            (alpha, momentum),
-            eps,
-            weight_decay,
-            32,
-            args,
-            min_8bit_size,
-            hyperparameters={"centered": centered},
-            **options,
-        )
+    _width = 32

@@ -15,7 +15,38 @@ if TYPE_CHECKING:
 __all__ = ["SGD", "SGD8bit", "SGD32bit"]
 
 
-class SGD(Optimizer1State):
+class _SGD(Optimizer1State):
+    """What the classes of this rule have in common."""
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | torch.Tensor,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float = 0,
+        nesterov: bool = False,
+        optim_bits: int = 32,
+        args: Any = None,
+        min_8bit_size: int = 4096,
+        **options: Unpack[Options],
+    ) -> None:
+        super().__init__(
+            "momentum",
+            params,
+            lr,
+            (momentum, 0.0),
+            0.0,
+            weight_decay,
+            optim_bits,
+            args,
+            min_8bit_size,
+            hyperparameters={"dampening": dampening, "nesterov": nesterov},
+            **options,
+        )
+
+
+class SGD(_SGD):
     """Stochastic gradient descent with momentum, as `torch.optim.SGD`.
 
     With the gradient g, plus ``weight_decay * p``::
@@ -64,6 +95,12 @@ class SGD(Optimizer1State):
     [0.75, -0.75]
     """
 
+
+class _SizedSGD(_SGD):
+    """The same with states of one width, without the argument `optim_bits`."""
+
+    _width: int
+
     def __init__(
         self,
         params: Params,
@@ -72,81 +109,22 @@ class SGD(Optimizer1State):
         dampening: float = 0,
         weight_decay: float = 0,
         nesterov: bool = False,
-        optim_bits: int = 32,
         args: Any = None,
         min_8bit_size: int = 4096,
         **options: Unpack[Options],
     ) -> None:
         super().__init__(
-            "momentum",
-            params,
-            lr,
-            (momentum, 0.0),
-            0.0,
-            weight_decay,
-            optim_bits,
-            args,
-            min_8bit_size,
-            hyperparameters={"dampening": dampening, "nesterov": nesterov},
-            **options,
+            params, lr, momentum, dampening, weight_decay, nesterov, self._width, args, min_8bit_size, **options
         )
 
 
-class SGD8bit(Optimizer1State):
+class SGD8bit(_SizedSGD):
     """`SGD` with 8-bit states (Dettmers et al. 2022, 8-bit Optimizers via Block-wise Quantization)."""
 
-    def __init__(
-        self,
-        params: Params,
-        lr: float | torch.Tensor,
-        momentum: float = 0,
-        dampening: float = 0,
-        weight_decay: float = 0,
-        nesterov: bool = False,
-        args: Any = None,
-        min_8bit_size: int = 4096,
-        **options: Unpack[Options],
-    ) -> None:
-        super().__init__(
-            "momentum",
-            params,
-            lr,
-            (momentum, 0.0),
-            0.0,
-            weight_decay,
-            8,
-            args,
-            min_8bit_size,
-            hyperparameters={"dampening": dampening, "nesterov": nesterov},
-            **options,
-        )
+    _width = 8
 
 
-class SGD32bit(Optimizer1State):
+class SGD32bit(_SizedSGD):
     """`SGD` with 32-bit states."""
 
-    def __init__(
-        self,
-        params: Params,
-        lr: float | torch.Tensor,
-        momentum: float = 0,
-        dampening: float = 0,
-        weight_decay: float = 0,
-        nesterov: bool = False,
-        args: Any = None,
-        min_8bit_size: int = 4096,
-        **options: Unpack[Options],
-    ) -> None:
-        super().__init__(
-            "momentum",
-            params,
-            lr,
-            (momentum, 0.0),
-            0.0,
-            weight_decay,
-            32,
-            args,
-            min_8bit_size,
-            hyperparameters={"dampening": dampening, "nesterov": nesterov},
-            **options,
-        )
+    _width = 32
