@@ -3,10 +3,14 @@
 //! Rows are quantized ([`rows`]), blocks of rows of the weight are multiplied with all tokens ([`tiles`], by the [`kernels`] of the
 //! processor) as exact integers, and each block is scaled, completed by its outlier columns and rounded ([`finish`]).
 
+#[cfg(target_arch = "x86_64")]
+mod avx2;
 mod finish;
 mod kernels;
 mod rows;
 mod tiles;
+#[cfg(target_arch = "x86_64")]
+mod vnni;
 
 use super::element::{Element, F32, for_dtype};
 use super::path::multiversion;

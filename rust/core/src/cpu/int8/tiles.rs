@@ -86,9 +86,11 @@ unsafe fn sum_of(x: *const i8, count: usize) -> i32 {
 /// The block lies within the matrices; `sums` has room for its tokens.
 unsafe fn add_products(factors: &Factors, kernels: &Kernels, block: Block, sums: &mut [i32]) {
     let Factors { a, b, k, .. } = *factors;
-    for column in (0..k).step_by(DEPTH) {
-        let depth = DEPTH.min(k - column);
-        let groups = block.tokens.div_ceil(MOST_TOKENS);
+    let groups = block.tokens.div_ceil(MOST_TOKENS);
+    // One group goes through whole rows, as they lie in memory.
+    let most = if groups == 1 { k } else { DEPTH };
+    for column in (0..k).step_by(most.max(1)) {
+        let depth = most.min(k - column);
         for group in 0..groups {
             // As even a split as there is: seven tokens are four and three, not six and one.
             let (first, end) = (block.tokens * group / groups, block.tokens * (group + 1) / groups);
