@@ -32,11 +32,11 @@ unsafe fn few<const M: usize>(a: *const i8, stride: usize, b: [*const i8; GROUP]
         // SAFETY: the rows hold these elements.
         unsafe {
             let weights = b.map(|b| _mm256_cvtepi8_epi16(_mm_loadu_si128(b.add(column).cast())));
-            for token in 0..M {
+            for (token, totals) in totals.iter_mut().enumerate() {
                 let x = _mm256_cvtepi8_epi16(_mm_loadu_si128(a.add(token * stride + column).cast()));
                 for row in 0..GROUP {
                     let products = _mm256_madd_epi16(weights[row], x);
-                    totals[token][row] = _mm256_add_epi32(totals[token][row], products);
+                    totals[row] = _mm256_add_epi32(totals[row], products);
                 }
             }
         }

@@ -1,8 +1,9 @@
 //! Sums of products of int8, exact in int32.
 
 use super::tiles::ROWS;
+use crate::cpu::Path;
 #[cfg(target_arch = "x86_64")]
-use crate::cpu::path::{Path, has_avx512_vnni};
+use crate::cpu::path::has_avx512_vnni;
 
 /// Rows of the weight that a kernel takes.
 pub const GROUP: usize = 4;
@@ -23,20 +24,28 @@ pub struct Kernels {
 }
 
 impl Kernels {
-    /// Those of this processor and of the path in use.
-    pub fn chosen() -> &'static Self {
+    /// Those that this processor runs, the fastest first.
+    pub fn supported() -> impl Iterator<Item = &'static Self> {
         #[cfg(target_arch = "x86_64")]
-        match Path::chosen() {
-            Path::Avx512Bf16 | Path::Avx512 if has_avx512_vnni() => return &VNNI,
-            Path::Avx512Bf16 | Path::Avx512 | Path::Avx2 => return &AVX2,
-            Path::Portable => {}
-        }
-        &PORTABLE
+        let of_path = |path: Path| match path {
+            Path::Avx512Bf16 | Path::Avx512 => has_avx512_vnni().then_some(&VNNI),
+            Path::Avx2 => Some(&AVX2),
+            Path::Portable => Some(&PORTABLE),
+        };
+        #[cfg(not(target_arch = "x86_64"))]
+        let of_path = |_| Some(&PORTABLE);
+        // Every processor of a path runs those of the paths after it.
+        Path::ALL.into_iter().skip_while(|&path| path != Path::chosen()).filter_map(of_path)
+    }
+
+    /// Those in use.
+    pub fn chosen() -> &'static Self {
+        Self::supported().next().unwrap_or(&PORTABLE)
     }
 }
 
 /// A table of kernels, one for each number of tokens.
-macro_rules! kernels {
+macro_rules! table {
     ($kernel:path, $offset:expr) => {{
         use $kernel as kernel;
         let by_tokens: [Kernel; MOST_TOKENS] =
@@ -46,10 +55,10 @@ macro_rules! kernels {
 }
 
 #[cfg(target_arch = "x86_64")]
-static VNNI: Kernels = kernels!(super::vnni::kernel, super::vnni::OFFSET);
+static VNNI: Kernels = table!(super::vnni::kernel, super::vnni::OFFSET);
 #[cfg(target_arch = "x86_64")]
-static AVX2: Kernels = kernels!(super::avx2::kernel, 0);
-static PORTABLE: Kernels = kernels!(portable, 0);
+static AVX2: Kernels = table!(super::avx2::kernel, 0);
+static PORTABLE: Kernels = table!(portable, 0);
 
 #[inline(always)]
 unsafe fn portable_body(

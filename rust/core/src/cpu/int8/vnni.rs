@@ -33,10 +33,10 @@ pub unsafe fn kernel<const M: usize>(a: *const i8, stride: usize, b: [*const i8;
                 }
                 _mm512_xor_si512(_mm512_loadu_si512(b.add(column).cast()), flip)
             });
-            for token in 0..M {
+            for (token, totals) in totals.iter_mut().enumerate() {
                 let x = _mm512_loadu_si512(a.add(token * stride + column).cast());
                 for row in 0..GROUP {
-                    totals[token][row] = _mm512_dpbusd_epi32(totals[token][row], weights[row], x);
+                    totals[row] = _mm512_dpbusd_epi32(totals[row], weights[row], x);
                 }
             }
         }
@@ -46,10 +46,10 @@ pub unsafe fn kernel<const M: usize>(a: *const i8, stride: usize, b: [*const i8;
         // SAFETY: only elements that are present are read; the others of the tokens are 0.
         unsafe {
             let weights = b.map(|b| _mm512_xor_si512(_mm512_maskz_loadu_epi8(present, b.add(whole)), flip));
-            for token in 0..M {
+            for (token, totals) in totals.iter_mut().enumerate() {
                 let x = _mm512_maskz_loadu_epi8(present, a.add(token * stride + whole));
                 for row in 0..GROUP {
-                    totals[token][row] = _mm512_dpbusd_epi32(totals[token][row], weights[row], x);
+                    totals[row] = _mm512_dpbusd_epi32(totals[row], weights[row], x);
                 }
             }
         }
