@@ -10,12 +10,14 @@ mod avx512;
 mod avx512_code256;
 #[cfg(target_arch = "x86_64")]
 mod avx512_planes;
+mod buffer;
 mod crew;
 #[cfg(target_arch = "x86_64")]
 mod decades;
 pub mod dequantize;
 mod element;
 mod float_mode;
+pub(crate) mod int8;
 pub mod matmul4;
 pub(crate) mod optim;
 mod optim_block;
