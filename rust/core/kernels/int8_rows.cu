@@ -1,0 +1,309 @@
+// Rows of int8 codes, and an int8 weight back again.
+//
+//   row_scale[i] = max |x[i][j]| over the elements that are no outliers, 0 for none; a NaN makes it NaN
+//   codes[i][j] = rint(x[i][j] * (127 / row_scale[i])), the quotient rounded first, ties to even; 0 for outliers, and in rows whose scale is 0 or NaN
+//
+//   x      m x k of E             an outlier has |x| >= threshold > 0; threshold 0: there are none
+//   codes  m x k int8             mask: a bit for each column, which is set where the column has an outlier; or null
+//
+// Work: a block a row; rows of up to 1024 elements (float32: 512) a warp. A row stays in registers up to 16384 elements (8192); longer
+// ones are read again. Vectors of 16 bytes whose largest element is below the threshold, nearly all, need no look at single
+// elements. The mask is read before it is written: of all rows with an outlier in a column a few write.
+// Bytes an element: its own, and one. Instructions for eight: about 40, a fourth of what there is time for.
+#include "int8.cuh"
+
+constexpr int THREADS = 256;
+
+// Where outliers are marked.
+struct Marks {
+    unsigned* mask;
+    // Where the mask is not zero at first, the launch's first block clears it and then writes `token` here; the product that reads the
+    // mask writes 0. Null where the caller has cleared it.
+    unsigned long long* ready;
+    unsigned long long token;
+
+    __device__ __forceinline__ void clear(i64 k) const {
+        if (!ready || blockIdx.x != 0) return;
+        for (i64 i = threadIdx.x; i < (k + 31) / 32; i += THREADS) mask[i] = 0;
+        __syncthreads();
+        if (threadIdx.x == 0) store_release(ready, token);
+    }
+
+    // `bits` of the word that has column `first`, from that column on.
+    __device__ __forceinline__ void set(i64 first, unsigned bits) const {
+        if (!mask) return;
+        while (ready && load_acquire(ready) != token) {}  // the first block never waits for another
+        bits <<= first % 32;
+        unsigned* const word = mask + first / 32;
+        if ((load_l2(word) & bits) != bits) atomicOr(word, bits);
+    }
+};
+
+// Bits of the threshold as those of magnitudes; no magnitude reaches what stands for none.
+__device__ __forceinline__ unsigned threshold_bits(float threshold) { return threshold > 0.0f ? __float_as_uint(threshold) : 0xffffffffu; }
+
+constexpr unsigned INFINITY_BITS = 0x7f800000u;
+
+__device__ __forceinline__ bool is_outlier(unsigned bits, unsigned threshold) { return bits >= threshold && bits <= INFINITY_BITS; }
+
+// What turns elements of a row into codes.
+struct RowCode {
+    unsigned scale_bits, threshold;
+    float factor;
+    bool ordinary;  // the factor is finite and not 0
+
+    __device__ __forceinline__ RowCode(unsigned scale_bits, unsigned threshold) : scale_bits(scale_bits), threshold(threshold) {
+        factor = __fdiv_rn(127.0f, __uint_as_float(scale_bits));
+        ordinary = factor > 0.0f && magnitude(factor) < INFINITY_BITS;
+    }
+
+    // The low byte is the code: adding 1.5 * 2^23 rounds to an integer, ties to even.
+    static __device__ __forceinline__ unsigned rounded(float product) { return __float_as_uint(__fadd_rn(product, 12582912.0f)); }
+
+    // Any element of any row.
+    __device__ __forceinline__ unsigned any(float x) const {
+        const unsigned bits = magnitude(x);
+        if (is_outlier(bits, threshold) || scale_bits == 0 || scale_bits > INFINITY_BITS || bits == 0) return 0;
+        if (scale_bits == INFINITY_BITS && bits != INFINITY_BITS) return 0;
+        const float product = scale_bits == INFINITY_BITS ? x : __fmul_rn(x, factor);
+        return rounded(fminf(fmaxf(product, -127.0f), 127.0f));
+    }
+};
+
+__device__ __forceinline__ unsigned pack_bytes(unsigned a, unsigned b, unsigned c, unsigned d) {
+    return permute_bytes(permute_bytes(a, b, 0x0040), permute_bytes(c, d, 0x0040), 0x5410);
+}
+
+// Takes the first element off a vector. Where single elements matter they are taken in a loop that is not unrolled: it is rare.
+template <class E>
+__device__ __forceinline__ float take_element(uint4& v) {
+    if (E::PER_VECTOR == 4) {
+        const float x = __uint_as_float(v.x);
+        v = make_uint4(v.y, v.z, v.w, 0);
+        return x;
+    }
+    const unsigned short bits = (unsigned short)v.x;
+    v = make_uint4(v.x >> 16 | v.y << 16, v.y >> 16 | v.z << 16, v.z >> 16 | v.w << 16, v.w >> 16);
+    return E::widen(*reinterpret_cast<const typename E::storage*>(&bits));
+}
+
+// The largest magnitude of a vector's elements that are no outliers; those are marked, and `flag` joins `flags` where there are any.
+template <class E>
+__device__ __forceinline__ unsigned inner_absmax(uint4 v, i64 column, unsigned threshold, const Marks& marks, unsigned flag,
+                                                 unsigned& flags) {
+    const unsigned largest = E::absmax(v);
+    if (largest < threshold) return largest;
+    unsigned inner = 0, outliers = 0;
+#pragma unroll 1
+    for (int i = 0; i < E::PER_VECTOR; i++) {
+        const unsigned bits = magnitude(take_element<E>(v));
+        if (is_outlier(bits, threshold))
+            outliers |= 1u << i;
+        else
+            inner = max(inner, bits);
+    }
+    if (outliers) marks.set(column, outliers), flags |= flag;
+    return inner;
+}
+
+// `ordinary`: the row is, and the vector has no outliers.
+template <class E>
+__device__ __forceinline__ void write_codes(i8* to, uint4 v, const RowCode& row, bool ordinary) {
+    constexpr int N = E::PER_VECTOR;
+    uint2 packed = make_uint2(0, 0);
+    if (ordinary) {
+        float f[N];
+        E::unpack(v, f);
+        unsigned code[N];
+#pragma unroll
+        for (int i = 0; i < N; i++) code[i] = RowCode::rounded(__fmul_rn(f[i], row.factor));
+        packed.x = pack_bytes(code[0], code[1], code[2], code[3]);
+        if (N == 8) packed.y = pack_bytes(code[N - 4], code[N - 3], code[N - 2], code[N - 1]);
+    } else {
+#pragma unroll 1
+        for (int i = 0; i < N; i++) {
+            if (N == 8) packed.x = packed.x >> 8 | packed.y << 24;
+            unsigned& last = N == 8 ? packed.y : packed.x;
+            last = last >> 8 | row.any(take_element<E>(v)) << 24;
+        }
+    }
+    if (N == 8)
+        *reinterpret_cast<uint2*>(to) = packed;
+    else
+        *reinterpret_cast<unsigned*>(to) = packed.x;
+}
+
+// The largest of a block's values, in every thread. `shared` is not written again before all have read it.
+__device__ __forceinline__ unsigned block_max(unsigned m, unsigned* shared) {
+    m = warp_max(m);
+    if (threadIdx.x % WARP == 0) shared[threadIdx.x / WARP] = m;
+    __syncthreads();
+    return warp_max(threadIdx.x % WARP < THREADS / WARP ? shared[threadIdx.x % WARP] : 0);
+}
+
+struct Rows {
+    const void* x;
+    i8* codes;
+    float* row_scale;
+    Marks marks;
+    i64 m, k;
+    float threshold;
+};
+
+// A row of at most LANES * VECTORS vectors, by LANES threads: a warp or the block.
+template <class E, int LANES, int VECTORS>
+__device__ __forceinline__ void quantize_row(const Rows& p, i64 row, unsigned* shared) {
+    constexpr int N = E::PER_VECTOR;
+    const int lane = threadIdx.x % LANES, count = (int)(p.k / N);
+    const unsigned threshold = threshold_bits(p.threshold);
+    const uint4* const from = reinterpret_cast<const uint4*>((const typename E::storage*)p.x + row * p.k);
+    i8* const to = p.codes + row * p.k;
+    uint4 v[VECTORS];
+#pragma unroll
+    for (int i = 0; i < VECTORS; i++) {
+        const int at = i * LANES + lane;
+        v[i] = at < count ? load_once(from + at) : make_uint4(0, 0, 0, 0);
+    }
+    unsigned largest = 0, flags = 0;
+#pragma unroll
+    for (int i = 0; i < VECTORS; i++) {
+        const int at = i * LANES + lane;
+        if (at < count) largest = max(largest, inner_absmax<E>(v[i], (i64)at * N, threshold, p.marks, 1u << i, flags));
+    }
+    largest = LANES == WARP ? warp_max(largest) : block_max(largest, shared);
+    const RowCode code(largest, threshold);
+#pragma unroll
+    for (int i = 0; i < VECTORS; i++) {
+        const int at = i * LANES + lane;
+        if (at < count) write_codes<E>(to + (i64)at * N, v[i], code, code.ordinary && !(flags >> i & 1));
+    }
+    if (lane == 0) p.row_scale[row] = __uint_as_float(largest);
+}
+
+// A row of any length whose vectors are aligned, read twice.
+template <class E>
+__device__ __forceinline__ void quantize_long_row(const Rows& p, i64 row, unsigned* shared) {
+    constexpr int N = E::PER_VECTOR, UNROLL = 4;
+    const i64 count = p.k / N;
+    const unsigned threshold = threshold_bits(p.threshold);
+    const uint4* const from = reinterpret_cast<const uint4*>((const typename E::storage*)p.x + row * p.k);
+    i8* const to = p.codes + row * p.k;
+    unsigned largest = 0, flags = 0;
+    for (i64 first = threadIdx.x; first < count; first += THREADS * UNROLL) {
+        uint4 v[UNROLL];
+#pragma unroll
+        for (int i = 0; i < UNROLL; i++) v[i] = first + i * THREADS < count ? from[first + i * THREADS] : make_uint4(0, 0, 0, 0);
+#pragma unroll
+        for (int i = 0; i < UNROLL; i++)
+            if (first + i * THREADS < count)
+                largest = max(largest, inner_absmax<E>(v[i], (first + i * THREADS) * N, threshold, p.marks, 1, flags));
+    }
+    largest = block_max(largest, shared);
+    const RowCode code(largest, threshold);
+    for (i64 at = threadIdx.x; at < count; at += THREADS) {
+        const uint4 v = load_once(from + at);
+        write_codes<E>(to + at * N, v, code, code.ordinary && E::absmax(v) < threshold);
+    }
+    if (threadIdx.x == 0) p.row_scale[row] = __uint_as_float(largest);
+}
+
+// A row of any length and alignment, element by element.
+template <class E>
+__device__ __forceinline__ void quantize_odd_row(const Rows& p, i64 row, unsigned* shared) {
+    const unsigned threshold = threshold_bits(p.threshold);
+    const typename E::storage* const from = (const typename E::storage*)p.x + row * p.k;
+    i8* const to = p.codes + row * p.k;
+    unsigned largest = 0;
+    for (i64 at = threadIdx.x; at < p.k; at += THREADS) {
+        const unsigned bits = magnitude(E::widen(from[at]));
+        if (is_outlier(bits, threshold))
+            p.marks.set(at, 1);
+        else
+            largest = max(largest, bits);
+    }
+    largest = block_max(largest, shared);
+    const RowCode code(largest, threshold);
+    for (i64 at = threadIdx.x; at < p.k; at += THREADS) to[at] = (i8)code.any(E::widen(from[at]));
+    if (threadIdx.x == 0) p.row_scale[row] = __uint_as_float(largest);
+}
+
+template <class E>
+__device__ __forceinline__ void quantize_rows(const Rows& p) {
+    constexpr int N = E::PER_VECTOR;
+    __shared__ unsigned shared[2][THREADS / WARP];
+    wait_for_previous_kernel();
+    let_next_kernel_start();
+    p.marks.clear(p.k);
+    const i64 vectors = p.k / N;
+    const bool aligned = p.k % N == 0 && is_aligned(p.x, 16) && is_aligned(p.codes, N);
+    if (aligned && vectors <= 4 * WARP) {
+        constexpr int WARPS = THREADS / WARP;
+        for (i64 row = (i64)blockIdx.x * WARPS + threadIdx.x / WARP; row < p.m; row += (i64)gridDim.x * WARPS)
+            quantize_row<E, WARP, 4>(p, row, nullptr);
+        return;
+    }
+    int turn = 0;
+    for (i64 row = blockIdx.x; row < p.m; row += gridDim.x, turn ^= 1) {
+        if (!aligned)
+            quantize_odd_row<E>(p, row, shared[turn]);
+        else if (vectors <= 4 * THREADS)
+            quantize_row<E, THREADS, 4>(p, row, shared[turn]);
+        else if (vectors <= 8 * THREADS)
+            quantize_row<E, THREADS, 8>(p, row, shared[turn]);
+        else
+            quantize_long_row<E>(p, row, shared[turn]);
+    }
+}
+
+// out[r][c] = W[first_row + r][first_column + c] * (col_scale[first_row + r] / 127), rounded once.
+template <class E>
+__device__ __forceinline__ void dequantize(const i8* weight, i64 k, const float* col_scale, i64 first_row, i64 rows, i64 first_column,
+                                           i64 columns, typename E::storage* out) {
+    constexpr int N = E::PER_VECTOR;
+    wait_for_previous_kernel();
+    let_next_kernel_start();
+    const i8* const corner = weight + first_row * k + first_column;
+    const bool aligned = (k | columns) % N == 0 && is_aligned(corner, N) && is_aligned(out, 16);
+    const i64 width = aligned ? columns / N : columns;
+    for (i64 row = blockIdx.x; row < rows; row += gridDim.x) {
+        const i8* const from = corner + row * k;
+        typename E::storage* const to = out + row * columns;
+        const float scale = __fmul_rn(col_scale[first_row + row], INVERSE_127);
+        if (!aligned) {
+            for (i64 c = threadIdx.x; c < width; c += THREADS) to[c] = E::narrow(__fmul_rn((float)from[c], scale));
+            continue;
+        }
+        constexpr int UNROLL = 4;
+        for (i64 first = threadIdx.x; first < width; first += THREADS * UNROLL) {
+            unsigned v[UNROLL][N / 4];
+#pragma unroll
+            for (int u = 0; u < UNROLL; u++) {
+                const i64 c = first + u * THREADS;
+                if (c >= width) break;
+#pragma unroll
+                for (int i = 0; i < N / 4; i++) v[u][i] = reinterpret_cast<const unsigned*>(from + c * N)[i];
+            }
+#pragma unroll
+            for (int u = 0; u < UNROLL; u++) {
+                const i64 c = first + u * THREADS;
+                if (c >= width) break;
+                float f[N];
+#pragma unroll
+                for (int i = 0; i < N; i++) f[i] = __fmul_rn((float)(i8)(v[u][i / 4] >> (8 * (i % 4))), scale);
+                *reinterpret_cast<uint4*>(to + c * N) = E::pack(f);
+            }
+        }
+    }
+}
+
+#define ROWS(DTYPE, E)                                                                                                   \
+    extern "C" __global__ void __launch_bounds__(THREADS) int8_quantize_rows_##DTYPE(const Rows p) { quantize_rows<E>(p); }    \
+    extern "C" __global__ void __launch_bounds__(THREADS) int8_dequantize_panel_##DTYPE(                                 \
+        const i8* weight, i64 k, const float* col_scale, i64 first_row, i64 rows, i64 first_column, i64 columns,         \
+        E::storage* out) {                                                                                               \
+        dequantize<E>(weight, k, col_scale, first_row, rows, first_column, columns, out);                                \
+    }
+
+ROWS(f32, F32)
+ROWS(f16, F16)
+ROWS(bf16, BF16)
