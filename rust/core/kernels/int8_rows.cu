@@ -10,7 +10,7 @@
 // ones are read again. Vectors of 16 bytes whose largest element is below the threshold, nearly all, need no look at single
 // elements. The mask is read before it is written: of all rows with an outlier in a column a few write.
 // Bytes an element: its own, and one. Instructions for eight: about 40, a fourth of what there is time for.
-#include "int8.cuh"
+#include "int8_code.cuh"
 
 constexpr int THREADS = 256;
 
@@ -38,100 +38,6 @@ struct Marks {
         if ((load_l2(word) & bits) != bits) atomicOr(word, bits);
     }
 };
-
-// Bits of the threshold as those of magnitudes; no magnitude reaches what stands for none.
-__device__ __forceinline__ unsigned threshold_bits(float threshold) { return threshold > 0.0f ? __float_as_uint(threshold) : 0xffffffffu; }
-
-constexpr unsigned INFINITY_BITS = 0x7f800000u;
-
-__device__ __forceinline__ bool is_outlier(unsigned bits, unsigned threshold) { return bits >= threshold && bits <= INFINITY_BITS; }
-
-// What turns elements of a row into codes.
-struct RowCode {
-    unsigned scale_bits, threshold;
-    float factor;
-    bool ordinary;  // the factor is finite and not 0
-
-    __device__ __forceinline__ RowCode(unsigned scale_bits, unsigned threshold) : scale_bits(scale_bits), threshold(threshold) {
-        factor = __fdiv_rn(127.0f, __uint_as_float(scale_bits));
-        ordinary = factor > 0.0f && magnitude(factor) < INFINITY_BITS;
-    }
-
-    // The low byte is the code: adding 1.5 * 2^23 rounds to an integer, ties to even.
-    static __device__ __forceinline__ unsigned rounded(float product) { return __float_as_uint(__fadd_rn(product, 12582912.0f)); }
-
-    // Any element of any row.
-    __device__ __forceinline__ unsigned any(float x) const {
-        const unsigned bits = magnitude(x);
-        if (is_outlier(bits, threshold) || scale_bits == 0 || scale_bits > INFINITY_BITS || bits == 0) return 0;
-        if (scale_bits == INFINITY_BITS && bits != INFINITY_BITS) return 0;
-        const float product = scale_bits == INFINITY_BITS ? x : __fmul_rn(x, factor);
-        return rounded(fminf(fmaxf(product, -127.0f), 127.0f));
-    }
-};
-
-__device__ __forceinline__ unsigned pack_bytes(unsigned a, unsigned b, unsigned c, unsigned d) {
-    return permute_bytes(permute_bytes(a, b, 0x0040), permute_bytes(c, d, 0x0040), 0x5410);
-}
-
-// Takes the first element off a vector. Where single elements matter they are taken in a loop that is not unrolled: it is rare.
-template <class E>
-__device__ __forceinline__ float take_element(uint4& v) {
-    if (E::PER_VECTOR == 4) {
-        const float x = __uint_as_float(v.x);
-        v = make_uint4(v.y, v.z, v.w, 0);
-        return x;
-    }
-    const unsigned short bits = (unsigned short)v.x;
-    v = make_uint4(v.x >> 16 | v.y << 16, v.y >> 16 | v.z << 16, v.z >> 16 | v.w << 16, v.w >> 16);
-    return E::widen(*reinterpret_cast<const typename E::storage*>(&bits));
-}
-
-// The largest magnitude of a vector's elements that are no outliers; those are marked, and `flag` joins `flags` where there are any.
-template <class E>
-__device__ __forceinline__ unsigned inner_absmax(uint4 v, i64 column, unsigned threshold, const Marks& marks, unsigned flag,
-                                                 unsigned& flags) {
-    const unsigned largest = E::absmax(v);
-    if (largest < threshold) return largest;
-    unsigned inner = 0, outliers = 0;
-#pragma unroll 1
-    for (int i = 0; i < E::PER_VECTOR; i++) {
-        const unsigned bits = magnitude(take_element<E>(v));
-        if (is_outlier(bits, threshold))
-            outliers |= 1u << i;
-        else
-            inner = max(inner, bits);
-    }
-    if (outliers) marks.set(column, outliers), flags |= flag;
-    return inner;
-}
-
-// `ordinary`: the row is, and the vector has no outliers.
-template <class E>
-__device__ __forceinline__ void write_codes(i8* to, uint4 v, const RowCode& row, bool ordinary) {
-    constexpr int N = E::PER_VECTOR;
-    uint2 packed = make_uint2(0, 0);
-    if (ordinary) {
-        float f[N];
-        E::unpack(v, f);
-        unsigned code[N];
-#pragma unroll
-        for (int i = 0; i < N; i++) code[i] = RowCode::rounded(__fmul_rn(f[i], row.factor));
-        packed.x = pack_bytes(code[0], code[1], code[2], code[3]);
-        if (N == 8) packed.y = pack_bytes(code[N - 4], code[N - 3], code[N - 2], code[N - 1]);
-    } else {
-#pragma unroll 1
-        for (int i = 0; i < N; i++) {
-            if (N == 8) packed.x = packed.x >> 8 | packed.y << 24;
-            unsigned& last = N == 8 ? packed.y : packed.x;
-            last = last >> 8 | row.any(take_element<E>(v)) << 24;
-        }
-    }
-    if (N == 8)
-        *reinterpret_cast<uint2*>(to) = packed;
-    else
-        *reinterpret_cast<unsigned*>(to) = packed.x;
-}
 
 // The largest of a block's values, in every thread. `shared` is not written again before all have read it.
 __device__ __forceinline__ unsigned block_max(unsigned m, unsigned* shared) {
@@ -168,7 +74,9 @@ __device__ __forceinline__ void quantize_row(const Rows& p, i64 row, unsigned* s
 #pragma unroll
     for (int i = 0; i < VECTORS; i++) {
         const int at = i * LANES + lane;
-        if (at < count) largest = max(largest, inner_absmax<E>(v[i], (i64)at * N, threshold, p.marks, 1u << i, flags));
+        unsigned outliers = 0;
+        if (at < count) largest = max(largest, inner_absmax<E>(v[i], threshold, outliers));
+        if (outliers) p.marks.set((i64)at * N, outliers), flags |= 1u << i;
     }
     largest = LANES == WARP ? warp_max(largest) : block_max(largest, shared);
     const RowCode code(largest, threshold);
@@ -188,15 +96,17 @@ __device__ __forceinline__ void quantize_long_row(const Rows& p, i64 row, unsign
     const unsigned threshold = threshold_bits(p.threshold);
     const uint4* const from = reinterpret_cast<const uint4*>((const typename E::storage*)p.x + row * p.k);
     i8* const to = p.codes + row * p.k;
-    unsigned largest = 0, flags = 0;
+    unsigned largest = 0;
     for (i64 first = threadIdx.x; first < count; first += THREADS * UNROLL) {
         uint4 v[UNROLL];
 #pragma unroll
         for (int i = 0; i < UNROLL; i++) v[i] = first + i * THREADS < count ? from[first + i * THREADS] : make_uint4(0, 0, 0, 0);
 #pragma unroll
-        for (int i = 0; i < UNROLL; i++)
-            if (first + i * THREADS < count)
-                largest = max(largest, inner_absmax<E>(v[i], (first + i * THREADS) * N, threshold, p.marks, 1, flags));
+        for (int i = 0; i < UNROLL; i++) {
+            unsigned outliers = 0;
+            largest = max(largest, inner_absmax<E>(v[i], threshold, outliers));
+            if (outliers) p.marks.set((first + i * THREADS) * N, outliers);
+        }
     }
     largest = block_max(largest, shared);
     const RowCode code(largest, threshold);
