@@ -1,6 +1,6 @@
 """LLM.int8() where only a GPU goes: every kernel forced, graphs, streams, sizes, repeats.
 
-``test_int8_native.py`` compares every device with the definition; here the GPU is compared with the CPU on larger layers.
+``test_int8_native.py`` compares every device with the definition; here are larger layers, against float64.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,7 +22,8 @@ from fewbits._launch import target_queue
 pytestmark = pytest.mark.cuda
 
 PRODUCTS = ["plain", "mma_16", "mma_128", "skinny_own", "skinny_8", "skinny_16", "wide_64", "wide_128", "wide_256"]
-# Rows, out features, columns: tiles and stages that are not whole, more tiles than a GPU takes at once, k that the copy engine cannot read.
+# Rows, out features, columns: tiles and stages that are not whole, more tiles than a GPU takes at once, k that the
+# copy engine cannot read.
 SHAPES = [
     (1, 300, 4096),
     (3, 4100, 272),
@@ -115,7 +117,7 @@ print("all right")
 @pytest.mark.parametrize("name", [*PRODUCTS, "nonsense"])
 def test_every_kernel_forced(name: str) -> None:
     """In a process of its own, because the variable is read once. Repeats give the same bits."""
-    code = FORCED.format(tests=os.path.dirname(__file__))
+    code = FORCED.format(tests=str(Path(__file__).parent))
     environment = {**os.environ, "FEWBITS_INT8": name}
     ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     if name == "nonsense":

@@ -180,19 +180,28 @@ pub fn choose(m: usize, n: usize, k: usize, at: Circumstances) -> Result<Int8Pro
     let estimate = |product: Int8Product| {
         product.runs(m, n, k, at.multiprocessors, at.workspace).microseconds(product.tiles(m, n, k), product.cost())
     };
-    Ok(match m {
-        ..=4 if takes(Int8Product::SkinnyOwn) => Int8Product::SkinnyOwn,
-        ..=8 if at.copy_engine => Int8Product::Skinny8,
-        ..=16 if at.copy_engine => Int8Product::Skinny16,
-        _ if at.copy_engine => {
-            let all = [Int8Product::Wide64, Int8Product::Wide128];
-            all.into_iter()
-                .fold(Int8Product::Wide256, |best, next| if estimate(next) < estimate(best) { next } else { best })
+    Ok(if at.copy_engine {
+        match m {
+            ..=4 if takes(Int8Product::SkinnyOwn) => Int8Product::SkinnyOwn,
+            ..=8 => Int8Product::Skinny8,
+            9..=16 => Int8Product::Skinny16,
+            _ => {
+                let others = [Int8Product::Wide64, Int8Product::Wide128];
+                others.into_iter().fold(
+                    Int8Product::Wide256,
+                    |best, next| {
+                        if estimate(next) < estimate(best) { next } else { best }
+                    },
+                )
+            }
         }
-        ..=4 => Int8Product::Plain,
-        _ if !at.tensor_cores => Int8Product::Plain,
-        ..=16 => Int8Product::Mma16,
-        _ => Int8Product::Mma128,
+    } else {
+        match m {
+            _ if !at.tensor_cores => Int8Product::Plain,
+            ..=4 => Int8Product::Plain,
+            5..=16 => Int8Product::Mma16,
+            _ => Int8Product::Mma128,
+        }
     })
 }
 
