@@ -8,7 +8,7 @@
 //
 // Work: a block a row; rows of up to 1024 elements (float32: 512) a warp. A row stays in registers up to 16384 elements (8192); longer
 // ones are read again. Vectors of 16 bytes whose largest element is below the threshold, nearly all, need no look at single
-// elements. The mask is read before it is written: of all rows with an outlier in a column a few write.
+// elements. The mask is read before it is written: of all rows with an outlier in a column a few write, and none waits for it.
 // Bytes an element: its own, and one. Instructions for eight: about 40, a fourth of what there is time for.
 #include "int8_code.cuh"
 
@@ -29,13 +29,19 @@ struct Marks {
         if (threadIdx.x == 0) store_release(ready, token);
     }
 
-    // `bits` of the word that has column `first`, from that column on.
-    __device__ __forceinline__ void set(i64 first, unsigned bits) const {
-        if (!mask) return;
-        while (ready && load_acquire(ready) != token) {}  // the first block never waits for another
-        bits <<= first % 32;
-        unsigned* const word = mask + first / 32;
-        if ((load_l2(word) & bits) != bits) atomicOr(word, bits);
+    // Waits until the mask has been cleared. The first block never waits for another.
+    __device__ __forceinline__ void wait() const {
+        if (!ready) return;
+        while (load_acquire(ready) != token) {}
+    }
+
+    // The word that has a column.
+    __device__ __forceinline__ unsigned read(i64 column) const { return mask ? load_l2(mask + column / 32) : 0xffffffffu; }
+
+    // Sets `bits` of that word, from the column on, unless the word, as read before, has them.
+    __device__ __forceinline__ void set(i64 column, unsigned bits, unsigned before) const {
+        bits <<= column % 32;
+        if ((before & bits) != bits) atomicOr(mask + column / 32, bits);
     }
 };
 
@@ -70,22 +76,29 @@ __device__ __forceinline__ void quantize_row(const Rows& p, i64 row, unsigned* s
         const int at = i * LANES + lane;
         v[i] = at < count ? load_once(from + at) : make_uint4(0, 0, 0, 0);
     }
-    unsigned largest = 0, flags = 0;
+    p.marks.wait();
+    unsigned largest = 0, found[VECTORS / 4] = {}, before[VECTORS];  // outliers, a byte a vector; the mask, read long before it is used
 #pragma unroll
     for (int i = 0; i < VECTORS; i++) {
         const int at = i * LANES + lane;
         unsigned outliers = 0;
         if (at < count) largest = max(largest, inner_absmax<E>(v[i], threshold, outliers));
-        if (outliers) p.marks.set((i64)at * N, outliers), flags |= 1u << i;
+        if (outliers) found[i / 4] |= outliers << (i % 4 * 8), before[i] = p.marks.read((i64)at * N);
     }
     largest = LANES == WARP ? warp_max(largest) : block_max(largest, shared);
     const RowCode code(largest, threshold);
 #pragma unroll
     for (int i = 0; i < VECTORS; i++) {
         const int at = i * LANES + lane;
-        if (at < count) write_codes<E>(to + (i64)at * N, v[i], code, code.ordinary && !(flags >> i & 1));
+        const unsigned outliers = found[i / 4] >> (i % 4 * 8) & 0xff;
+        if (at < count) write_codes<E>(to + (i64)at * N, v[i], code, code.ordinary && !outliers);
     }
     if (lane == 0) p.row_scale[row] = __uint_as_float(largest);
+#pragma unroll
+    for (int i = 0; i < VECTORS; i++) {
+        const unsigned outliers = found[i / 4] >> (i % 4 * 8) & 0xff;
+        if (outliers) p.marks.set((i64)(i * LANES + lane) * N, outliers, before[i]);
+    }
 }
 
 // A row of any length whose vectors are aligned, read twice.
@@ -97,6 +110,7 @@ __device__ __forceinline__ void quantize_long_row(const Rows& p, i64 row, unsign
     const uint4* const from = reinterpret_cast<const uint4*>((const typename E::storage*)p.x + row * p.k);
     i8* const to = p.codes + row * p.k;
     unsigned largest = 0;
+    p.marks.wait();
     for (i64 first = threadIdx.x; first < count; first += THREADS * UNROLL) {
         uint4 v[UNROLL];
 #pragma unroll
@@ -105,7 +119,8 @@ __device__ __forceinline__ void quantize_long_row(const Rows& p, i64 row, unsign
         for (int i = 0; i < UNROLL; i++) {
             unsigned outliers = 0;
             largest = max(largest, inner_absmax<E>(v[i], threshold, outliers));
-            if (outliers) p.marks.set((first + i * THREADS) * N, outliers);
+            const i64 column = (first + i * THREADS) * N;
+            if (outliers) p.marks.set(column, outliers, p.marks.read(column));
         }
     }
     largest = block_max(largest, shared);
@@ -124,10 +139,11 @@ __device__ __forceinline__ void quantize_odd_row(const Rows& p, i64 row, unsigne
     const typename E::storage* const from = (const typename E::storage*)p.x + row * p.k;
     i8* const to = p.codes + row * p.k;
     unsigned largest = 0;
+    p.marks.wait();
     for (i64 at = threadIdx.x; at < p.k; at += THREADS) {
         const unsigned bits = magnitude(E::widen(from[at]));
         if (is_outlier(bits, threshold))
-            p.marks.set(at, 1);
+            p.marks.set(at, 1, p.marks.read(at));
         else
             largest = max(largest, bits);
     }
@@ -207,7 +223,7 @@ __device__ __forceinline__ void dequantize(const i8* weight, i64 k, const float*
 }
 
 #define ROWS(DTYPE, E)                                                                                                   \
-    extern "C" __global__ void __launch_bounds__(THREADS) int8_quantize_rows_##DTYPE(const Rows p) { quantize_rows<E>(p); }    \
+    extern "C" __global__ void __launch_bounds__(THREADS, 4) int8_quantize_rows_##DTYPE(const Rows p) { quantize_rows<E>(p); }    \
     extern "C" __global__ void __launch_bounds__(THREADS) int8_dequantize_panel_##DTYPE(                                 \
         const i8* weight, i64 k, const float* col_scale, i64 first_row, i64 rows, i64 first_column, i64 columns,         \
         E::storage* out) {                                                                                               \
