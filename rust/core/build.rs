@@ -33,7 +33,7 @@ type Result<T> = std::result::Result<T, Box<dyn Error>>;
 const TARGETS: [&str; 9] =
     ["compute_70", "compute_80", "sm_75", "sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120"];
 /// One kernel file each, and what it is compiled for.
-const FAMILIES: [(&str, &[&str]); 12] = [
+const FAMILIES: [(&str, &[&str]); 17] = [
     ("quantize", &TARGETS),
     ("dequantize", &TARGETS),
     ("double_quant", &TARGETS),
@@ -46,9 +46,16 @@ const FAMILIES: [(&str, &[&str]); 12] = [
     ("optim8", &TARGETS),
     ("optim32", &TARGETS),
     ("optim_norm", &TARGETS),
+    ("int8_rows", &TARGETS),
+    ("int8_plain", &TARGETS),
+    ("int8_mma", &SINCE_TURING),
+    ("int8_skinny", &HOPPER),
+    ("int8_wgmma", &HOPPER),
 ];
 /// What needs asynchronous copies and tensor cores for bfloat16.
 const SINCE_AMPERE: [&str; 7] = ["compute_80", "sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120"];
+/// What needs tensor cores for int8.
+const SINCE_TURING: [&str; 8] = ["compute_80", "sm_75", "sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120"];
 /// What uses instructions of Hopper alone.
 const HOPPER: [&str; 1] = ["sm_90a"];
 /// Products stay products: CPU and GPU must agree to the last bit, so nothing is fused that the source does not fuse.

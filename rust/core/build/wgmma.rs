@@ -8,12 +8,18 @@ pub fn header() -> crate::Result<String> {
         "// Written by build.rs. d += a b on a warpgroup (`start`: d = a b; `multiply_if`: that, unless `add`): a 64 x 16 from registers, b 16 x N from shared memory by its descriptor, d in\n\
          // float32. The caller fences, commits and waits.\n\
          #pragma once\n\
-         template <class E, int N>\nstruct Wgmma;\n",
+         struct ProductBF16;\nstruct ProductF16;\ntemplate <class E, int N>\nstruct Wgmma;\n",
     );
     for (element, kind) in [("ProductBF16", "bf16"), ("ProductF16", "f16")] {
         for columns in [8, 16, 32, 64, 128, 256] {
             product(&mut text, element, kind, columns)?;
         }
+    }
+    text.push_str(
+        "// The same of int8, d in int32, b 32 x N and a 64 x 32, both from shared memory.\ntemplate <int N>\nstruct WgmmaS8;\n",
+    );
+    for columns in [64, 128, 256] {
+        int8_product(&mut text, columns)?;
     }
     Ok(text)
 }
@@ -45,5 +51,20 @@ fn product(text: &mut String, element: &str, kind: &str, columns: usize) -> crat
              : {outputs}\n                     : \"r\"(a[0]), \"r\"(a[1]), \"r\"(a[2]), \"r\"(a[3]), \"l\"(b), \"r\"(add));\n    }}"
     )?;
     writeln!(text, "}};")?;
+    Ok(())
+}
+
+fn int8_product(text: &mut String, columns: usize) -> crate::Result<()> {
+    let sums = columns / 2;
+    let numbers = (0..sums).map(|i| format!("%{i}")).collect::<Vec<_>>().join(", ");
+    let outputs = (0..sums).map(|i| format!("\"+r\"(d[{i}])")).collect::<Vec<_>>().join(", ");
+    let (a, b) = (sums, sums + 1);
+    writeln!(
+        text,
+        "template <>\nstruct WgmmaS8<{columns}> {{\n    \
+             static __device__ __forceinline__ void multiply(int (&d)[{sums}], unsigned long long a, unsigned long long b) {{\n        \
+             asm volatile(\"wgmma.mma_async.sync.aligned.m64n{columns}k32.s32.s8.s8 {{{numbers}}}, %{a}, %{b}, 1;\"\n                     \
+                 : {outputs}\n                     : \"l\"(a), \"l\"(b));\n    }}\n}};"
+    )?;
     Ok(())
 }

@@ -1,6 +1,7 @@
 // What the products with a 4-bit weight share: the table that turns a byte into two values, and the block scales.
 #pragma once
 #include "decode.cuh"
+#include "tensor_map.cuh"
 
 // (What a kernel that starts before the previous one has ended reads after its wait, it reads by ordinary loads: the read-only path
 // need not see what was written meanwhile.)
@@ -14,11 +15,6 @@ struct NestedSource {
     int log2_blocksize;
 
     __device__ __forceinline__ float absmax_of(i64 block) const { return absmax[block >> log2_blocksize]; }
-};
-
-// How the copy engine sees a tensor; the driver fills it in.
-struct alignas(64) TensorMap {
-    unsigned char opaque[128];
 };
 
 // What depends on the type of the activations.

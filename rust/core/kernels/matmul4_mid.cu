@@ -136,7 +136,7 @@ struct Mid {
                     const int q = i * HALVES + half;
                     wait_mbarrier(barriers.tokens_here + t.slot * 8, t.round);
                     fence_products();
-                    const unsigned long long tokens = token_descriptor(base + TOKEN_RING + t.slot * TOKENS);
+                    const unsigned long long tokens = swizzled_descriptor(base + TOKEN_RING + t.slot * TOKENS);
                     if (FEW_REGISTERS)
                         Wgmma<E, COLUMNS>::multiply_if(part, a[i % 2][0], tokens, never);
                     else

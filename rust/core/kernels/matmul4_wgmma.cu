@@ -13,26 +13,14 @@
 // fetches half of the tokens for both: without that the reads of x from the L2 cache would be the bound. In a block one thread
 // asks the copy engine for codes, scales (256 columns a slot) and tokens (64 columns a slot); two warpgroups multiply 64 rows each.
 // Clusters are persistent; consecutive tiles share rows and tokens in the L2 cache.
-//
-// So that all clusters end together, each first takes some whole tiles in turn, then an equal run of what is left, counted in slots
-// of codes: a run may begin and end within a tile. Whoever has a tile's last slots adds what those before have left in memory, in a
-// fixed order, and writes. A cluster does its run from behind: it leaves its part of a tile before it waits for a part, and waits
-// for clusters of lower number only, which therefore run or have run.
+// How the clusters' pieces end together: runs.cuh.
 #include "matmul4_hopper.cuh"
 #include "matmul4_instances.cuh"
+#include "runs.cuh"
 
 constexpr int ROWS = 128;          // of a block; a warpgroup has half
-constexpr int CLUSTER = 2;
 constexpr int CONSUMERS = 256, THREADS = CONSUMERS + 128;
 constexpr int GROUP = 16;          // tiles of rows that are walked through before the next tokens
-
-// How tiles are dealt out. Clusters of number c take tiles c, c + C, ... `rounds` times and then their run of the rest.
-struct Split {
-    // Where parts of tiles meet: 8 flags for each block (one a warp), then the sums of each block. Null where there are none.
-    unsigned char* workspace;
-    unsigned long long token;  // what a flag says of this launch's sums; no other value that the memory may hold
-    int rounds;
-};
 
 // The two values of a byte as float32, 32 copies: entry b, copy l at 256 b + 8 l.
 __device__ __forceinline__ void fill_float_table(unsigned address, int quant_type) {
@@ -45,43 +33,6 @@ __device__ __forceinline__ void fill_float_table(unsigned address, int quant_typ
         store_shared4(address + i * 16, make_uint4(high, low, high, low));
     }
 }
-
-// A piece of a tile: its slots first ... last - 1.
-struct Piece {
-    int tile, first, last;
-};
-
-// A cluster's pieces, one after another.
-struct Schedule {
-    int cluster, clusters, round, rounds, tiles, slots;
-    i64 begin, end;  // of the run, in slots, counted from the first tile that is not dealt out whole
-
-    __device__ __forceinline__ Schedule(int tiles, int slots, int rounds)
-        : cluster(blockIdx.x / CLUSTER), clusters(gridDim.x / CLUSTER), round(0), rounds(rounds), tiles(tiles), slots(slots) {
-        begin = bound(cluster), end = bound(cluster + 1);
-    }
-
-    // Where the run of a cluster begins.
-    __device__ __forceinline__ i64 bound(int of) const {
-        const i64 rest = (i64)max(tiles - rounds * clusters, 0) * slots;
-        return rest * of / clusters;
-    }
-
-    __device__ __forceinline__ bool next(Piece& piece) {
-        if (round < rounds) {
-            piece = {round * clusters + cluster, 0, slots};
-            round++;
-            return piece.tile < tiles;
-        }
-        if (begin == end) return false;
-        const i64 tile = (end - 1) / slots;
-        piece.tile = rounds * clusters + (int)tile;
-        piece.last = (int)(end - tile * slots);
-        piece.first = (int)(max(begin, tile * slots) - tile * slots);
-        end -= piece.last - piece.first;
-        return true;
-    }
-};
 
 template <class E, bool NESTED, int COLUMNS, int CODE_SLOTS, int TOKEN_SLOTS>
 struct Wide {
@@ -199,7 +150,7 @@ struct Wide {
         }
         __device__ __forceinline__ unsigned long long wait_for_tokens() const {
             wait_mbarrier(barriers.tokens_here + t.slot * 8, t.round);
-            return token_descriptor(base + TOKEN_RING + t.slot * TOKENS);
+            return swizzled_descriptor(base + TOKEN_RING + t.slot * TOKENS);
         }
 
         __device__ __forceinline__ void multiply_unscaled(const Piece& piece, int row0, float (&sum)[SUMS]) {
@@ -264,37 +215,6 @@ struct Wide {
         }
     };
 
-    // A thread's sums in memory, four at a time, where those of its neighbours follow.
-    static __device__ __forceinline__ float4* part(const Split& split, int cluster, unsigned rank) {
-        const int blocks = gridDim.x, block = cluster * CLUSTER + rank;
-        return reinterpret_cast<float4*>(split.workspace + blocks * 64) + (i64)block * (SUMS / 4 * CONSUMERS) + threadIdx.x;
-    }
-    static __device__ __forceinline__ unsigned long long* flag(const Split& split, int cluster, unsigned rank) {
-        return reinterpret_cast<unsigned long long*>(split.workspace) + (cluster * CLUSTER + rank) * 8 + threadIdx.x / WARP;
-    }
-
-    static __device__ __forceinline__ void leave(const Split& split, int cluster, unsigned rank, const float (&sum)[SUMS]) {
-        float4* const to = part(split, cluster, rank);
-#pragma unroll
-        for (int i = 0; i < SUMS / 4; i++)
-            to[i * CONSUMERS] = make_float4(sum[4 * i], sum[4 * i + 1], sum[4 * i + 2], sum[4 * i + 3]);
-        __syncwarp();
-        if (threadIdx.x % WARP == 0) store_release(flag(split, cluster, rank), split.token);
-    }
-
-    static __device__ __forceinline__ void add(const Split& split, int cluster, unsigned rank, float (&sum)[SUMS]) {
-        unsigned long long* const here = flag(split, cluster, rank);
-        while (load_acquire(here) != split.token) {}
-        const float4* const from = part(split, cluster, rank);
-#pragma unroll
-        for (int i = 0; i < SUMS / 4; i++) {
-            const float4 v = from[i * CONSUMERS];
-            sum[4 * i] += v.x, sum[4 * i + 1] += v.y, sum[4 * i + 2] += v.z, sum[4 * i + 3] += v.w;
-        }
-        __syncwarp();  // all have read: the flag must not be found again when the same launch is replayed
-        if (threadIdx.x % WARP == 0) *here = 0;
-    }
-
     static __device__ __forceinline__ void consume(const Problem& p, const Split& split, unsigned base, const Barriers& barriers,
                                                    const float* nested_code, unsigned rank) {
         const int group = threadIdx.x / 128, warp = threadIdx.x / WARP % 4;
@@ -312,17 +232,10 @@ struct Wide {
             else
                 consumer.multiply_scaled(piece, row0, sum);
             if (piece.last < schedule.slots) {
-                leave(split, schedule.cluster, rank, sum);
+                leave_part<CONSUMERS>(split, schedule.cluster, rank, sum);
                 continue;
             }
-            // What the clusters before have of this tile, down to its first slot.
-            const i64 start = (i64)(piece.tile - schedule.rounds * schedule.clusters) * schedule.slots;
-            i64 bound = start + piece.first;
-            for (int other = schedule.cluster - 1; bound > start; other--) {
-                const i64 begin = schedule.bound(other);
-                if (begin < bound) add(split, other, rank, sum);
-                bound = begin;
-            }
+            add_parts<CONSUMERS>(split, schedule, piece, rank, sum);
             write_sums<E>(p.out, base + RESULTS + (group * 4 + warp) * WRITE_STAGING, at.token, row0 + group * 64 + warp * 16, sum);
         }
     }

@@ -1,5 +1,6 @@
 //! The kernels: their names, files and sizes.
 
+use super::int8_choice::Int8Product;
 use super::optim_kernels::OptimKernel;
 use super::product::Product;
 use crate::Dtype;
@@ -35,13 +36,20 @@ pub enum Kernel {
     },
     /// optim8.cu, optim32.cu, optim_norm.cu
     Optim(OptimKernel),
+    /// int8_rows.cu
+    Int8Rows(Dtype),
+    /// int8_rows.cu
+    Int8Panel(Dtype),
+    /// int8_plain.cu, int8_mma.cu, int8_skinny.cu, int8_wgmma.cu; without a type the int32 sums
+    Int8(Int8Product, Option<Dtype>),
 }
 
 impl Kernel {
     /// How many there are.
-    pub const COUNT: usize = Self::OPTIM + OptimKernel::COUNT;
+    pub const COUNT: usize = Self::INT8 + 2 * Dtype::ALL.len() + Int8Product::ALL.len() * (Dtype::ALL.len() + 1);
     const MATMUL4: usize = 7 * Dtype::ALL.len() + 1;
     const OPTIM: usize = Self::MATMUL4 + Product::COUNT * Dtype::ALL.len() * 2;
+    const INT8: usize = Self::OPTIM + OptimKernel::COUNT;
 
     /// Its place in a device's table.
     pub fn index(self) -> usize {
@@ -59,6 +67,11 @@ impl Kernel {
                 Self::MATMUL4 + (product.index() * types + dtype as usize) * 2 + usize::from(nested)
             }
             Self::Optim(kernel) => Self::OPTIM + kernel.index(),
+            Self::Int8Rows(dtype) => Self::INT8 + dtype as usize,
+            Self::Int8Panel(dtype) => Self::INT8 + types + dtype as usize,
+            Self::Int8(product, dtype) => {
+                Self::INT8 + 2 * types + product as usize * (types + 1) + dtype.map_or(types, |dtype| dtype as usize)
+            }
         }
     }
 
@@ -71,6 +84,8 @@ impl Kernel {
             Self::QuantizeAbsmax => "double_quant",
             Self::Matmul4 { product, .. } => product.family(),
             Self::Optim(kernel) => kernel.file(),
+            Self::Int8Rows(_) | Self::Int8Panel(_) => "int8_rows",
+            Self::Int8(product, _) => product.family(),
         }
     }
 
@@ -89,6 +104,9 @@ impl Kernel {
                 format!("matmul4_{}_{}_{}", product.name(), dtype.suffix(), SCALES[usize::from(nested)])
             }
             Self::Optim(kernel) => kernel.name(),
+            Self::Int8Rows(dtype) => format!("int8_quantize_rows_{}", dtype.suffix()),
+            Self::Int8Panel(dtype) => format!("int8_dequantize_panel_{}", dtype.suffix()),
+            Self::Int8(product, dtype) => format!("int8_{}_{}", product.name(), dtype.map_or("i32", Dtype::suffix)),
         }
     }
 
@@ -98,6 +116,7 @@ impl Kernel {
             Self::Quantize4(_) | Self::Quantize8(_) | Self::QuantizeAbsmax => 512,
             Self::Matmul4 { product, .. } => product.threads(),
             Self::Optim(kernel) => kernel.threads(),
+            Self::Int8(product, _) => product.threads(),
             _ => 256,
         }
     }
@@ -107,6 +126,7 @@ impl Kernel {
         match self {
             Self::Matmul4 { product, .. } => product.shared_bytes(),
             Self::Optim(kernel) => kernel.shared_bytes(target),
+            Self::Int8(product, _) => product.shared_bytes(),
             _ => 0,
         }
     }

@@ -1,9 +1,6 @@
 //! Launches of matmul4_plain.cu, matmul4_mma.cu, matmul4_skinny.cu, matmul4_mid.cu and matmul4_wgmma.cu.
 
 use std::ffi::c_void;
-use std::hash::{BuildHasher, Hasher, RandomState};
-use std::sync::OnceLock;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::device::device;
 use super::kernel::Kernel;
@@ -85,14 +82,6 @@ struct HopperProblem {
     k: i32,
     log2_blocksize: i32,
     quant_type: i32,
-}
-
-/// kernels/matmul4_wgmma.cu
-#[repr(C)]
-struct Split {
-    workspace: u64,
-    token: u64,
-    rounds: i32,
 }
 
 /// Rows of W in a box of matmul4_wgmma.cu: those of a block.
@@ -178,16 +167,10 @@ pub fn workspace_size(m: usize, n: usize, k: usize, ordinal: usize) -> Result<us
     let multiprocessors = device.multiprocessors as usize;
     Ok(match choice::on_hopper(m, n, k, false, multiprocessors) {
         Some(Product::Wide(instance)) if device.is_hopper() => {
-            choice::wide_split(instance, m, n, k, multiprocessors, true).workspace_size(instance)
+            choice::wide_workspace_size(instance, m, n, k, multiprocessors)
         }
         _ => 0,
     })
-}
-
-/// What flags in a workspace hold once a launch has set them: for each launch another number, none of which memory holds by chance.
-fn token() -> u64 {
-    static NEXT: OnceLock<AtomicU64> = OnceLock::new();
-    NEXT.get_or_init(|| AtomicU64::new(RandomState::new().build_hasher().finish())).fetch_add(1, Ordering::Relaxed)
 }
 
 fn describe(weight: &Weight, rows: &Rows) -> String {
@@ -280,9 +263,9 @@ impl Call<'_> {
         let (weight, rows) = (self.weight, self.rows);
         let problem = problem(weight, rows, WIDE_ROWS, WIDE[instance].columns / 2)?;
         let shared = rows.workspace != 0;
-        let split = choice::wide_split(instance, rows.m, weight.n, weight.k, self.multiprocessors, shared);
-        let grid = Grid::Overlapping(2 * split.clusters as u64);
-        let split = Split { workspace: rows.workspace, token: token(), rounds: split.rounds as i32 };
+        let runs = choice::wide_runs(instance, rows.m, weight.n, weight.k, self.multiprocessors, shared);
+        let grid = Grid::Overlapping(2 * runs.clusters as u64);
+        let split = runs.split(rows.workspace);
         // SAFETY: the parameters of matmul4_wgmma.cu's kernels; memory by the caller's promise, and the workspace has the size that the
         // same split asks for.
         unsafe { self.launch(arguments![problem, split], grid) }

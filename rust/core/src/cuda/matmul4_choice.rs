@@ -2,6 +2,7 @@
 //! multiplies with torch's own product.
 
 use super::product::{MMA, Product, mid_tiles, wide_tiles};
+use super::runs::{Cost, Runs, Tiles};
 use crate::matmul4::{PANELS, forced_name};
 use crate::matmul4_instances::{MID, SKINNY, STAGE, WIDE};
 
@@ -84,64 +85,36 @@ fn microseconds(product: Product, m: usize, n: usize, k: usize, multiprocessors:
             shape.fixed_us + tiles.div_ceil(multiprocessors / split) as f64 * steps * shape.step_us * crowd
         }
         Product::Wide(instance) => {
-            5.5 + wide_split(instance, m, n, k, multiprocessors, true).microseconds(instance, m, n, k)
+            let runs = wide_runs(instance, m, n, k, multiprocessors, true);
+            5.5 + runs.microseconds(wide_shape(instance, m, n, k), wide_cost(instance))
         }
         _ => f64::INFINITY,
     }
-}
-
-/// How a problem's tiles are dealt out to clusters of two blocks: `rounds` whole ones each; what is left is cut into runs of equal
-/// length.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct WideSplit {
-    pub clusters: usize,
-    pub rounds: usize,
-    /// Tiles that are left.
-    rest: usize,
 }
 
 /// Microseconds that clusters take to leave a part of a tile of 256 tokens in memory and to add it, with the other parts that a tile
 /// of few steps has.
 const PART_US: f64 = 5.0;
 
-impl WideSplit {
-    fn new(tiles: usize, clusters: usize, rounds: usize) -> Self {
-        Self { clusters, rounds, rest: tiles.saturating_sub(rounds * clusters) }
-    }
-
-    /// Parts of a tile, less one, that is cut.
-    fn parts(self) -> f64 {
-        (self.clusters as f64 / self.rest as f64).max(1.0)
-    }
-
-    fn microseconds(self, instance: usize, m: usize, n: usize, k: usize) -> f64 {
-        let (shape, steps) = (WIDE[instance], k.div_ceil(STAGE) as f64 * (STAGE / 64) as f64);
-        let whole = wide_tiles(instance, m, n).min(self.rounds * self.clusters).div_ceil(self.clusters) as f64;
-        let run = self.rest as f64 * steps / self.clusters as f64;
-        let ends =
-            if self.rest > 0 { shape.tile_us + PART_US * f64::from(shape.columns) / 256.0 * self.parts() } else { 0.0 };
-        whole * (shape.tile_us + steps * shape.step_us) + run * shape.step_us + ends
-    }
-
-    /// Bytes of the flags and of the sums of every block.
-    pub fn workspace_size(self, instance: usize) -> usize {
-        let sums = 128 * WIDE[instance].columns as usize * size_of::<f32>();
-        if self.rest == 0 { 0 } else { 2 * self.clusters * (64 + sums) }
-    }
+fn wide_cost(instance: usize) -> Cost {
+    let shape = WIDE[instance];
+    let slot_us = (STAGE / 64) as f64 * shape.step_us;
+    Cost { slot_us, tile_us: shape.tile_us, part_us: PART_US * f64::from(shape.columns) / 256.0 }
 }
 
-/// The split of an instance of matmul4_wgmma.cu. Without a workspace tiles stay whole.
-pub fn wide_split(instance: usize, m: usize, n: usize, k: usize, multiprocessors: usize, workspace: bool) -> WideSplit {
-    let (tiles, slots) = (wide_tiles(instance, m, n), k.div_ceil(STAGE));
-    let most = (multiprocessors / 2).max(1);
-    let whole = WideSplit::new(tiles, most.min(tiles), tiles.div_ceil(most));
-    if !workspace || tiles.is_multiple_of(most) {
-        return whole;
-    }
-    // At least two slots a cluster.
-    let rounds = (tiles / most).saturating_sub(1);
-    let cut = WideSplit::new(tiles, if rounds == 0 { most.min(tiles * slots / 2).max(1) } else { most }, rounds);
-    if cut.microseconds(instance, m, n, k) < whole.microseconds(instance, m, n, k) { cut } else { whole }
+fn wide_shape(instance: usize, m: usize, n: usize, k: usize) -> Tiles {
+    Tiles { count: wide_tiles(instance, m, n), slots: k.div_ceil(STAGE) }
+}
+
+/// How an instance of matmul4_wgmma.cu deals out its tiles. Without a workspace they stay whole.
+pub fn wide_runs(instance: usize, m: usize, n: usize, k: usize, multiprocessors: usize, workspace: bool) -> Runs {
+    Runs::deal(wide_shape(instance, m, n, k), multiprocessors, wide_cost(instance), workspace)
+}
+
+/// Bytes that they need for it.
+pub fn wide_workspace_size(instance: usize, m: usize, n: usize, k: usize, multiprocessors: usize) -> usize {
+    let sums = 128 * WIDE[instance].columns as usize;
+    wide_runs(instance, m, n, k, multiprocessors, true).workspace_size(sums)
 }
 
 /// The same for panels: dequantization at 1.07 times its floor, then the product in 16 bits at 4 TB/s or 800 TFLOP/s.

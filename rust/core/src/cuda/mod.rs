@@ -7,6 +7,7 @@ mod device;
 mod driver;
 mod image;
 pub(crate) mod int8;
+mod int8_choice;
 mod kernel;
 mod launch;
 pub(crate) mod matmul4;
@@ -15,6 +16,7 @@ pub(crate) mod optim;
 mod optim_kernels;
 pub(crate) mod panel;
 mod product;
+mod runs;
 mod tensor_map;
 
 pub use device::{DeviceInfo, devices};

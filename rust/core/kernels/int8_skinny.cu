@@ -1,0 +1,319 @@
+// The int8 product for few rows of A (tokens), on Hopper: the time is that of reading W once. int8.cuh gives the formula.
+//
+// Work: the eight warps of a block share a tile of 16 * RT rows of W; each takes every eighth stage of STAGE columns, through a ring of
+// DEPTH stages of its own in shared memory that the copy engine fills. W is operand A of the tensor cores, tokens are operand B. The
+// warps' integer sums meet in shared memory. Blocks are persistent.
+//
+// Tokens: OWN, a block quantizes all rows of x itself and keeps their codes in shared memory, while its first stages of W are on their
+// way; COPIED, the codes are given and come with W through the ring.
+//
+// Order: of 64 columns lane t of a group takes bytes 16 t ... 16 t + 15, in both operands: two products. Fragment row i is row
+// (i % 2) * 4 + i / 2 of eight, so that the two rows that lanes read together differ in what the swizzle exchanges: no bank conflict.
+//
+// Shared memory, wavefronts for 16 rows of 64 columns: 8 to read W and 4 for eight tokens; the copy engine writes 8 (and 4).
+#include "int8.cuh"
+#include "int8_code.cuh"
+#include "tensor_map.cuh"
+
+constexpr int WARPS = 8, THREADS = WARPS * WARP;
+constexpr int BOX = 128;     // columns, and bytes, of a box
+constexpr int DEPTH = 4;
+constexpr int LIST = 64;     // outlier columns whose left-overs are kept; there may be more
+constexpr int OWN_BYTES = 64 * 1024;
+
+struct Problem {
+    TensorMap weight;  // n x k bytes; boxes of 16 * RT x 128, swizzled by 128 bytes
+    TensorMap codes;   // m x k bytes; boxes of 8 * NT x 128, swizzled by 128 bytes; where they are copied
+    Operands o;        // codes and row_scale only where they are copied
+    float threshold;   // where they are not
+};
+
+template <class E, bool OWN, int NT, int RT>
+struct Skinny {
+    typedef typename E::storage storage;
+    static constexpr int TOKENS = 8 * NT, ROWS = 16 * RT, BOXES = 2 / RT, STAGE = BOX * BOXES;
+    static constexpr int WEIGHT = ROWS * STAGE, SLOT = WEIGHT + (OWN ? 0 : TOKENS * STAGE);
+    static constexpr int SUMS = WARPS * ROWS * TOKENS, BUFFERS = RT == 1 ? 2 : 1;
+    static constexpr int ELEMENTS = (ROWS * TOKENS + THREADS - 1) / THREADS;  // results of a thread
+
+    // What the block knows of the tokens and their outliers.
+    struct Known {
+        unsigned absmax[TOKENS];  // bits of the row scales
+        float residual[LIST][TOKENS];
+        int columns[LIST];
+        int count;  // of outlier columns in the list
+        int more;   // whether there may be others
+    };
+    // From the bottom, after what the system takes: barriers, rings, own tokens, sums, what is known, the mask.
+    static constexpr int RING = 1024, OWN_AT = RING + WARPS * DEPTH * SLOT, SUMS_AT = OWN_AT + (OWN ? OWN_BYTES : 0);
+    static constexpr int KNOWN_AT = SUMS_AT + 4 * SUMS * BUFFERS, MASK_AT = KNOWN_AT + sizeof(Known);
+    static constexpr int BYTES = MASK_AT + (OWN ? OWN_BYTES / 8 : 0);
+
+    static __device__ __forceinline__ int order(int i) { return (i & 1) * 4 + (i >> 1); }
+
+    // Where a warp is: a tile of rows and a stage of columns, and what follows.
+    struct Place {
+        int row0, stage;
+
+        __device__ __forceinline__ void next(int warp, int per) {
+            stage += WARPS;
+            if (stage >= per * WARPS) stage = warp, row0 += gridDim.x * ROWS;
+        }
+    };
+
+    static __device__ __forceinline__ void ask(const Problem& p, const Place& at, unsigned slot, unsigned barrier) {
+        expect_bytes(barrier, SLOT);
+#pragma unroll
+        for (int b = 0; b < BOXES; b++) {
+            copy_box(slot + b * ROWS * BOX, &p.weight, at.stage * STAGE + b * BOX, at.row0, barrier);
+            if (!OWN) copy_box(slot + WEIGHT + b * TOKENS * BOX, &p.codes, at.stage * STAGE + b * BOX, 0, barrier);
+        }
+    }
+
+    // Rows of own tokens that are kept: a power of two of at least m. Fragments take each more than once.
+    static __device__ __forceinline__ int kept(const Operands& o) { return o.m > 4 ? 8 : o.m > 2 ? 4 : (int)o.m; }
+
+    // Where 16 own codes from a column on lie.
+    static __device__ __forceinline__ int own_place(int token, int column, int rows) {
+        return (column / BOX * rows + token) * BOX + (((column / 16 % 8) ^ token) << 4);
+    }
+
+    // Calls for each vector of this warp's row of x, four loads under way at a time. Warps take a row, or share one.
+    template <class Each>
+    static __device__ __forceinline__ void for_vectors(const Operands& o, int last, Each each) {
+        constexpr int N = E::PER_VECTOR, UNROLL = 4;
+        const int warp = threadIdx.x / WARP, rows = kept(o), token = warp & (rows - 1), parts = WARPS / rows;
+        const int vectors = (int)o.k / N;
+        if (token >= o.m) return;
+        const uint4* const from = reinterpret_cast<const uint4*>((const storage*)o.x + token * o.k);
+        for (int first = warp / rows * WARP + threadIdx.x % WARP; first < last; first += parts * WARP * UNROLL) {
+            uint4 v[UNROLL];
+#pragma unroll
+            for (int i = 0; i < UNROLL; i++) {
+                const int at = first + i * parts * WARP;
+                v[i] = at < vectors ? from[at] : make_uint4(0, 0, 0, 0);
+            }
+#pragma unroll
+            for (int i = 0; i < UNROLL; i++)
+                if (first + i * parts * WARP < last) each(token, first + i * parts * WARP, v[i]);
+        }
+    }
+
+    // Quantizes the rows of x. Vectors are whole: k is a multiple of 16.
+    static __device__ __forceinline__ void quantize(const Problem& p, unsigned char* tokens, Known& known, unsigned* mask) {
+        constexpr int N = E::PER_VECTOR;
+        const Operands& o = p.o;
+        const unsigned threshold = threshold_bits(p.threshold);
+        const int rows = kept(o), padded = ((int)o.k + STAGE - 1) / STAGE * STAGE;
+        if (threadIdx.x < TOKENS) known.absmax[threadIdx.x] = 0;
+        for (int i = threadIdx.x; i < ((int)o.k + 31) / 32; i += THREADS) mask[i] = 0;
+        __syncthreads();
+        unsigned largest = 0;
+        for_vectors(o, (int)o.k / N, [&](int, int at, const uint4& v) {
+            unsigned outliers = 0;
+            largest = max(largest, inner_absmax<E>(v, threshold, outliers));
+            if (outliers) atomicOr(mask + at * N / 32, outliers << at * N % 32);
+        });
+        largest = warp_max(largest);
+        if (threadIdx.x % WARP == 0) atomicMax(&known.absmax[threadIdx.x / WARP & (rows - 1)], largest);
+        __syncthreads();
+        const RowCode code(known.absmax[threadIdx.x / WARP & (rows - 1)], threshold);
+        for_vectors(o, padded / N, [&](int token, int at, const uint4& v) {
+            i8* const to = reinterpret_cast<i8*>(tokens + own_place(token, at * N, rows) + at * N % 16);
+            write_codes<E>(to, v, code, code.ordinary && E::absmax(v) < threshold);
+        });
+    }
+
+    static __device__ __forceinline__ float own_residual(const Operands& o, const unsigned char* tokens, const Known& known, int token,
+                                                         int column) {
+        const float scale = __uint_as_float(known.absmax[token]);
+        if (!OWN) return residual<E>(o, token, column, scale);
+        const i8 code = (i8)tokens[own_place(token, column & ~15, kept(o)) + column % 16];
+        const float x = E::widen(((const storage*)o.x)[token * o.k + column]);
+        return __fsub_rn(x, __fmul_rn((float)code, __fmul_rn(scale, INVERSE_127)));
+    }
+
+    // The first outlier columns and what the codes leave over of them.
+    static __device__ __forceinline__ void list_outliers(const Operands& o, const unsigned* mask, const unsigned char* tokens, Known& known) {
+        if (threadIdx.x < WARP) {
+            OutlierWalk walk(mask, o.k);
+            int total = 0, count = 0;
+            if (mask) {
+                do {
+                    i64 own;
+                    count = walk.next(own);
+                    if (threadIdx.x < count) known.columns[total + threadIdx.x] = (int)own;
+                    total += count;
+                } while (count == CHUNK && total < LIST);
+            }
+            if (threadIdx.x == 0) known.count = total, known.more = count == CHUNK ? 1 : 0;
+        }
+        __syncthreads();
+        for (int i = threadIdx.x; i < known.count * TOKENS; i += THREADS) {
+            const int token = i % TOKENS;
+            if (token < o.m) known.residual[i / TOKENS][token] = own_residual(o, tokens, known, token, known.columns[i / TOKENS]);
+        }
+        __syncthreads();
+    }
+
+    // Outlier columns that are not in the list, one result at a time.
+    static __device__ float more_outliers(const Operands& o, const unsigned* mask, const unsigned char* tokens, const Known& known, int token,
+                                          int row, float col_scale, float value) {
+        for (int word = known.columns[LIST - 1] / 32; word < (o.k + 31) / 32; word++) {
+            for (unsigned bits = mask[word]; bits; bits &= bits - 1) {
+                const int column = word * 32 + __ffs(bits) - 1;
+                if (column > known.columns[LIST - 1])
+                    value = __fmaf_rn(own_residual(o, tokens, known, token, column), outlier_weight(o, row, column, col_scale), value);
+            }
+        }
+        return value;
+    }
+
+    static __device__ __forceinline__ void multiply(unsigned slot, unsigned own_tokens, int rows, int (&sum)[RT][NT][4]) {
+        const int lane = threadIdx.x % WARP, g = order(lane / 4), t = lane % 4;
+#pragma unroll
+        for (int b = 0; b < BOXES; b++)
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                const int piece = h * 4 + t;
+                uint4 tokens[NT];
+#pragma unroll
+                for (int j = 0; j < NT; j++) {
+                    const int token = OWN ? g & (rows - 1) : g;
+                    const unsigned at = OWN ? own_tokens + b * rows * BOX : slot + WEIGHT + b * TOKENS * BOX + j * 8 * BOX;
+                    tokens[j] = load_shared4(at + token * BOX + ((piece ^ token) << 4));
+                }
+#pragma unroll
+                for (int r = 0; r < RT; r++) {
+                    const unsigned at = slot + b * ROWS * BOX + (r * 16 + g) * BOX + ((piece ^ g) << 4);
+                    const uint4 u = load_shared4(at), l = load_shared4(at + 8 * BOX);
+                    const unsigned first[4] = {u.x, l.x, u.y, l.y}, second[4] = {u.z, l.z, u.w, l.w};
+#pragma unroll
+                    for (int j = 0; j < NT; j++)
+                        mma_s8(sum[r][j], first, tokens[j].x, tokens[j].y), mma_s8(sum[r][j], second, tokens[j].z, tokens[j].w);
+                }
+            }
+    }
+
+    // Adds the warps' sums of a tile, finishes them and writes them out.
+    static __device__ __forceinline__ void reduce(const Problem& p, int* sums, const unsigned char* tokens, const Known& known,
+                                                  const unsigned* mask, int row0, const int (&sum)[RT][NT][4]) {
+        const Operands& o = p.o;
+        const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = order(lane / 4), t = lane % 4;
+        // Asked for before the warps meet.
+        float col_scale[ELEMENTS], bias[ELEMENTS];
+#pragma unroll
+        for (int i = 0; i < ELEMENTS; i++) {
+            const int row = row0 + (i * THREADS + threadIdx.x) % ROWS;
+            col_scale[i] = row < o.n ? o.col_scale[row] : 0.0f;
+            bias[i] = o.bias && row < o.n ? E::widen(((const storage*)o.bias)[row]) : 0.0f;
+        }
+        if (BUFFERS == 1) __syncthreads();  // the sums before these have been read
+#pragma unroll
+        for (int r = 0; r < RT; r++)
+#pragma unroll
+            for (int j = 0; j < NT; j++)
+#pragma unroll
+                for (int q = 0; q < 4; q++)
+                    sums[(warp * TOKENS + j * 8 + order(t * 2 + q % 2)) * ROWS + r * 16 + g + q / 2 * 8] = sum[r][j][q];
+        __syncthreads();
+#pragma unroll
+        for (int i = 0; i < ELEMENTS; i++) {
+            const int e = i * THREADS + threadIdx.x, token = e / ROWS, row = row0 + e % ROWS;
+            if (token >= o.m || row >= o.n) continue;
+            int total = 0;
+#pragma unroll
+            for (int w = 0; w < WARPS; w++) total += sums[w * TOKENS * ROWS + e];
+            float value = scaled_sum(total, __uint_as_float(known.absmax[token]), col_scale[i]);
+#pragma unroll 4
+            for (int c = 0; c < known.count; c++)
+                value = __fmaf_rn(known.residual[c][token], outlier_weight(o, row, known.columns[c], col_scale[i]), value);
+            if (known.more) value = more_outliers(o, mask, tokens, known, token, row, col_scale[i], value);
+            ((storage*)o.out)[(i64)token * o.n + row] = E::narrow(o.bias ? value + bias[i] : value);
+        }
+    }
+
+    static __device__ __forceinline__ void run(const Problem& p) {
+        extern __shared__ __align__(1024) unsigned char shared[];
+        const Operands& o = p.o;
+        const unsigned base = shared_address(shared);
+        const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+        const unsigned barriers = base + warp * DEPTH * 8, ring = base + RING + warp * DEPTH * SLOT, own_tokens = base + OWN_AT;
+        unsigned char* const tokens = shared + OWN_AT;
+        int* const sums = reinterpret_cast<int*>(shared + SUMS_AT);
+        Known& known = *reinterpret_cast<Known*>(shared + KNOWN_AT);
+        unsigned* const own_mask = reinterpret_cast<unsigned*>(shared + MASK_AT);
+        const unsigned* const mask = OWN ? (p.threshold > 0.0f ? own_mask : nullptr) : o.mask;
+
+        const int stages = ((int)o.k + STAGE - 1) / STAGE, per = (stages + WARPS - 1) / WARPS, rows = kept(o);
+        const int tiles = ((int)o.n + ROWS - 1) / ROWS, first = blockIdx.x;
+        const int own = first < tiles ? (tiles - first + gridDim.x - 1) / gridDim.x : 0;
+        Place asked{first * ROWS, warp};
+        int left = own * per;
+        if (lane == 0) {
+#pragma unroll
+            for (int d = 0; d < DEPTH; d++) init_mbarrier(barriers + d * 8, 1);
+            publish_mbarriers();
+            prefetch_map(&p.weight);
+            if (!OWN) prefetch_map(&p.codes);
+            // Reading W must wait, bringing it near need not: a later write is seen in the L2 cache all the same.
+            Place near = asked;
+            for (int d = 0; d < min(DEPTH, left); d++) {
+#pragma unroll
+                for (int b = 0; b < BOXES; b++) prefetch_box(&p.weight, near.stage * STAGE + b * BOX, near.row0);
+                near.next(warp, per);
+            }
+        }
+        __syncwarp();
+        wait_for_previous_kernel();
+        auto ask_next = [&](int slot) {
+            // Past the last column everything reads as 0, and need not be asked for; the ring goes on all the same.
+            if (left > 0) ask(p, asked, ring + slot * SLOT, barriers + slot * 8);
+            asked.next(warp, per);
+            left--;
+        };
+        if (lane == 0) {
+#pragma unroll
+            for (int d = 0; d < DEPTH; d++) ask_next(d);
+        }
+        __syncwarp();
+        let_next_kernel_start();
+        clear_ready(o);
+        if (OWN)
+            quantize(p, tokens, known, own_mask);
+        else if (threadIdx.x < TOKENS)
+            known.absmax[threadIdx.x] = threadIdx.x < o.m ? __float_as_uint(o.row_scale[threadIdx.x]) : 0;
+        __syncthreads();
+        list_outliers(o, mask, tokens, known);
+
+        int slot = 0, phase = 0, parity = 0;
+        for (int tile = 0; tile < own; tile++) {
+            int sum[RT][NT][4] = {};
+            for (int i = 0; i < per; i++) {
+                const int stage = i * WARPS + warp;
+                wait_mbarrier(barriers + slot * 8, phase);
+                // A stage past the last has no own tokens; what is read for it is multiplied by zeros.
+                multiply(ring + slot * SLOT, own_tokens + min(stage, stages - 1) * BOXES * rows * BOX, rows, sum);
+                __syncwarp();  // everybody has read the slot
+                if (lane == 0) ask_next(slot);
+                if (++slot == DEPTH) slot = 0, phase ^= 1;
+            }
+            reduce(p, sums + parity * SUMS, tokens, known, mask, (first + tile * gridDim.x) * ROWS, sum);
+            parity ^= BUFFERS - 1;
+        }
+    }
+};
+
+#define SKINNY(NAME, ...)                                                                                                \
+    extern "C" __global__ void __launch_bounds__(THREADS, 1) NAME(const __grid_constant__ Problem p) {                   \
+        typedef Skinny<__VA_ARGS__> Instance;                                                                            \
+        static_assert(Instance::BYTES <= 227 * 1024, "shared memory");                                                   \
+        Instance::run(p);                                                                                                \
+    }
+#define SKINNIES(DTYPE, E)                                                                                               \
+    SKINNY(int8_skinny_own_##DTYPE, E, true, 1, 1)                                                                       \
+    SKINNY(int8_skinny_8_##DTYPE, E, false, 1, 1)                                                                        \
+    SKINNY(int8_skinny_16_##DTYPE, E, false, 2, 2)
+SKINNIES(f32, F32)
+SKINNIES(f16, F16)
+SKINNIES(bf16, BF16)

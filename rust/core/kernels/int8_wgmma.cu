@@ -1,0 +1,285 @@
+// The int8 product for many rows of A (tokens), on Hopper: the time is that of the tensor cores. int8.cuh gives the formula.
+//
+// A warpgroup multiplies 64 rows of W by COLUMNS tokens, both from shared memory, 128 columns of them a slot of the ring.
+//
+// Work: a cluster of two blocks takes 256 rows of W and COLUMNS tokens; each block has 128 of the rows and fetches half of the tokens
+// for both: without that the reads of the L2 cache would be the bound. In a block one thread asks the copy engine for a slot, two
+// warpgroups multiply, and three warps gather meanwhile what the end of a tile needs: the scales of its tokens and the outlier columns,
+// CHUNK at a time. Clusters are persistent; consecutive tiles share rows and tokens in the L2 cache. How the clusters' pieces end
+// together: runs.cuh.
+#include "hopper.cuh"
+#include "int8.cuh"
+#include "runs.cuh"
+
+constexpr int ROWS = 128;  // of a block; a warpgroup has half
+constexpr int CONSUMERS = 256, THREADS = CONSUMERS + 128;
+constexpr int GROUP = 16;  // tiles of rows that are walked through before the next tokens
+constexpr int STEP = 128;  // columns, and bytes, of a slot
+constexpr int GATHERERS = 96;
+
+struct Problem {
+    TensorMap weight;  // n x k bytes; boxes of ROWS x 128, swizzled by 128 bytes
+    TensorMap codes;   // m x k bytes; boxes of COLUMNS / 2 x 128, swizzled by 128 bytes
+    Operands o;
+};
+
+template <class E, int COLUMNS, int SLOTS>
+struct Wide {
+    typedef typename E::storage storage;
+    static constexpr int SUMS = COLUMNS / 2;  // of a thread
+    static constexpr int WEIGHT = ROWS * STEP, SLOT = WEIGHT + COLUMNS * STEP;
+
+    // What the end of a tile needs, in shared memory; two of them.
+    struct Extras {
+        float row_scale[COLUMNS];  // with a tile's first chunk
+        float residual[CHUNK][COLUMNS];
+        float weight[CHUNK][ROWS];
+    };
+    // From the bottom, after what the system takes: barriers, results, slots, extras.
+    static constexpr int RESULTS = 1024, RING = RESULTS + 8 * WRITE_STAGING, EXTRAS = RING + SLOTS * SLOT;
+    static_assert(RING % 1024 == 0, "swizzled");
+    static constexpr int BYTES = EXTRAS + 2 * sizeof(Extras);
+
+    struct Barriers {
+        unsigned here, free, extras_here, extras_free;
+        unsigned counts;  // of outlier columns of each Extras; less than CHUNK: there are no more
+
+        __device__ __forceinline__ explicit Barriers(unsigned base)
+            : here(base), free(base + 128), extras_here(base + 256), extras_free(base + 288), counts(base + 320) {}
+    };
+
+    struct Tile {
+        int row, token;
+    };
+
+    // Tile `index` of the sequence: GROUP tiles of rows, then the next tokens, then the next rows.
+    static __device__ __forceinline__ Tile tile(const Operands& o, int index) {
+        const int rows = ((int)o.n + CLUSTER * ROWS - 1) / (CLUSTER * ROWS), tokens = ((int)o.m + COLUMNS - 1) / COLUMNS;
+        const int group = index / (GROUP * tokens), within = index % (GROUP * tokens);
+        const int height = min(GROUP, rows - group * GROUP);
+        return {(group * GROUP + within % height) * CLUSTER * ROWS, within / height * COLUMNS};
+    }
+    static __device__ __forceinline__ Schedule schedule(const Operands& o, const Split& split) {
+        const int rows = ((int)o.n + CLUSTER * ROWS - 1) / (CLUSTER * ROWS), tokens = ((int)o.m + COLUMNS - 1) / COLUMNS;
+        return Schedule(rows * tokens, ((int)o.k + STEP - 1) / STEP, split.rounds);
+    }
+
+    // Brings the first slots of W near, before the previous kernel has ended: a later write is seen in the L2 cache all the same.
+    static __device__ __forceinline__ void prefetch_weight(const Problem& p, const Split& split, unsigned rank) {
+        Schedule pieces = schedule(p.o, split);
+        Piece piece;
+        if (!pieces.next(piece)) return;
+        const int row = tile(p.o, piece.tile).row + rank * ROWS;
+        for (int slot = piece.first; slot < min(piece.last, piece.first + SLOTS); slot++) prefetch_box(&p.weight, slot * STEP, row);
+    }
+
+    static __device__ __forceinline__ void produce(const Problem& p, const Split& split, unsigned base, const Barriers& barriers,
+                                                   unsigned rank) {
+        Cursor<SLOTS> c;
+        Schedule pieces = schedule(p.o, split);
+        Piece piece;
+        while (pieces.next(piece)) {
+            const Tile at = tile(p.o, piece.tile);
+            const int row = at.row + rank * ROWS, half = rank * (COLUMNS / 2);
+            for (int slot = piece.first; slot < piece.last; slot++) {
+                wait_mbarrier(barriers.free + c.slot * 8, c.round ^ 1);
+                const unsigned here = barriers.here + c.slot * 8, to = base + RING + c.slot * SLOT;
+                expect_bytes(here, SLOT);
+                copy_box(to, &p.weight, slot * STEP, row, here);
+                copy_box_to_cluster(to + WEIGHT + half * STEP, &p.codes, slot * STEP, at.token + half, here, (1 << CLUSTER) - 1);
+                c.next();
+            }
+        }
+    }
+
+    // Three warps. Each goes through the outlier columns by itself.
+    static __device__ __forceinline__ void gather(const Operands& o, const Split& split, Extras* extras, const Barriers& barriers,
+                                                  unsigned rank) {
+        const int thread = threadIdx.x - (THREADS - GATHERERS);
+        Cursor<2> e;
+        Schedule pieces = schedule(o, split);
+        Piece piece;
+        while (pieces.next(piece)) {
+            if (piece.last < pieces.slots) continue;
+            const Tile at = tile(o, piece.tile);
+            const int row0 = at.row + rank * ROWS;
+            OutlierWalk walk(o.mask, o.k);
+            int count;
+            bool first = true;
+            do {
+                i64 own;
+                count = walk.next(own);
+                wait_mbarrier(barriers.extras_free + e.slot * 8, e.round ^ 1);
+                Extras& to = extras[e.slot];
+                if (first) {
+                    for (int i = thread; i < COLUMNS; i += GATHERERS)
+                        to.row_scale[i] = at.token + i < o.m ? o.row_scale[at.token + i] : 0.0f;
+                }
+                first = false;
+                // Lanes take rows and tokens; the loads of a row's columns are under way together.
+                for (int i = thread; count > 0 && i < COLUMNS + ROWS; i += GATHERERS) {
+                    const bool of_a = i < COLUMNS;
+                    const i64 index = of_a ? at.token + i : row0 + i - COLUMNS;
+                    const bool inside = index < (of_a ? o.m : o.n);
+                    const float scale = inside ? (of_a ? o.row_scale : o.col_scale)[index] : 0.0f;
+#pragma unroll
+                    for (int c = 0; c < CHUNK; c++) {
+                        const i64 column = __shfl_sync(FULL_WARP, own, c);
+                        float v = 0.0f;
+                        if (inside && c < count) v = of_a ? residual<E>(o, index, column, scale) : outlier_weight(o, index, column, scale);
+                        (of_a ? to.residual[c] + i : to.weight[c] + (i - COLUMNS))[0] = v;
+                    }
+                }
+                if (thread == 0) store_shared(barriers.counts + e.slot * 4, __int_as_float(count));
+                __syncwarp();
+                if (threadIdx.x % WARP == 0) arrive(barriers.extras_here + e.slot * 8);
+                e.next();
+            } while (count == CHUNK);
+        }
+    }
+
+    static __device__ __forceinline__ void write(const Operands& o, unsigned staging, int token0, int row0, const float (&value)[SUMS]) {
+        if constexpr (sizeof(storage) == 2) {
+            write_sums<E>(Output{o.bias, o.out, (int)o.m, (int)o.n}, staging, token0, row0, value);
+        } else {
+            // Eight lanes fill 32 bytes of a token.
+            const int lane = threadIdx.x % WARP, row = row0 + lane / 4;
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                if (row + 8 * h >= o.n) break;
+                const float bias = o.bias ? ((const float*)o.bias)[row + 8 * h] : 0.0f;
+#pragma unroll
+                for (int j = 0; j < SUMS / 4; j++)
+#pragma unroll
+                    for (int c = 0; c < 2; c++) {
+                        const int token = token0 + j * 8 + lane % 4 * 2 + c;
+                        if (token < o.m) ((float*)o.out)[(i64)token * o.n + row + 8 * h] = value[4 * j + 2 * h + c] + bias;
+                    }
+            }
+        }
+    }
+
+    static __device__ __forceinline__ void consume(const Problem& p, const Split& split, unsigned base, const Extras* extras,
+                                                   const Barriers& barriers, unsigned rank) {
+        const Operands& o = p.o;
+        const int group = threadIdx.x / 128, warp = threadIdx.x / WARP % 4, lane = threadIdx.x % WARP;
+        const int own = group * 64 + warp * 16 + lane / 4, pair = lane % 4 * 2;
+        auto release = [&](int slot) {
+            if (threadIdx.x % 128 < CLUSTER) arrive_in_cluster(barriers.free + slot * 8, threadIdx.x % 128);
+        };
+        Cursor<SLOTS> c;
+        Cursor<2> e;
+        Schedule pieces = schedule(o, split);
+        Piece piece;
+        while (pieces.next(piece)) {
+            const Tile at = tile(o, piece.tile);
+            const int row0 = at.row + rank * ROWS;
+            // Asked for now, used after the products.
+            const float upper = row0 + own < o.n ? o.col_scale[row0 + own] : 0.0f;
+            const float lower = row0 + own + 8 < o.n ? o.col_scale[row0 + own + 8] : 0.0f;
+            int sum[SUMS];
+#pragma unroll
+            for (int i = 0; i < SUMS; i++) sum[i] = 0;
+            int before = -1;
+            for (int slot = piece.first; slot < piece.last; slot++) {
+                wait_mbarrier(barriers.here + c.slot * 8, c.round);
+                const unsigned at_slot = base + RING + c.slot * SLOT;
+                const unsigned long long a = swizzled_descriptor(at_slot + group * 64 * STEP);
+                const unsigned long long b = swizzled_descriptor(at_slot + WEIGHT);
+                fence_products();
+#pragma unroll
+                for (int s = 0; s < STEP / 32; s++) WgmmaS8<COLUMNS>::multiply(sum, a + s * 2, b + s * 2);
+                commit_products();
+                wait_for_products<1>();
+                if (before >= 0) release(before);
+                before = c.slot;
+                c.next();
+            }
+            wait_for_products<0>();
+            release(before);
+            if (piece.last < pieces.slots) {
+                leave_part<CONSUMERS>(split, pieces.cluster, rank, sum);
+                continue;
+            }
+            add_parts<CONSUMERS>(split, pieces, piece, rank, sum);
+
+            wait_mbarrier(barriers.extras_here + e.slot * 8, e.round);
+            float value[SUMS];
+#pragma unroll
+            for (int j = 0; j < SUMS / 4; j++) {
+                const float2 row = *reinterpret_cast<const float2*>(&extras[e.slot].row_scale[j * 8 + pair]);
+                value[4 * j] = scaled_sum(sum[4 * j], row.x, upper), value[4 * j + 1] = scaled_sum(sum[4 * j + 1], row.y, upper);
+                value[4 * j + 2] = scaled_sum(sum[4 * j + 2], row.x, lower), value[4 * j + 3] = scaled_sum(sum[4 * j + 3], row.y, lower);
+            }
+            while (true) {
+                const Extras& now = extras[e.slot];
+                const int count = load_shared(barriers.counts + e.slot * 4);
+#pragma unroll 1
+                for (int i = 0; i < count; i++) {
+                    const float w = now.weight[i][own], v = now.weight[i][own + 8];
+#pragma unroll
+                    for (int j = 0; j < SUMS / 4; j++) {
+                        const float2 r = *reinterpret_cast<const float2*>(&now.residual[i][j * 8 + pair]);
+                        value[4 * j] = __fmaf_rn(r.x, w, value[4 * j]), value[4 * j + 1] = __fmaf_rn(r.y, w, value[4 * j + 1]);
+                        value[4 * j + 2] = __fmaf_rn(r.x, v, value[4 * j + 2]), value[4 * j + 3] = __fmaf_rn(r.y, v, value[4 * j + 3]);
+                    }
+                }
+                __syncwarp();  // this warp has read it
+                if (lane == 0) arrive(barriers.extras_free + e.slot * 8);
+                e.next();
+                if (count < CHUNK) break;
+                wait_mbarrier(barriers.extras_here + e.slot * 8, e.round);
+            }
+            write(o, base + RESULTS + (group * 4 + warp) * WRITE_STAGING, at.token, row0 + group * 64 + warp * 16, value);
+        }
+    }
+
+    static __device__ __forceinline__ void run(const Problem& p, const Split& split) {
+        extern __shared__ __align__(1024) unsigned char shared[];
+        const unsigned base = shared_address(shared), rank = cluster_rank();
+        const Barriers barriers(base);
+        Extras* const extras = reinterpret_cast<Extras*>(shared + EXTRAS);
+        if (threadIdx.x == CONSUMERS) {
+            for (int i = 0; i < SLOTS; i++) {
+                init_mbarrier(barriers.here + i * 8, 1);
+                init_mbarrier(barriers.free + i * 8, 2 * CLUSTER);
+            }
+            for (int i = 0; i < 2; i++) {
+                init_mbarrier(barriers.extras_here + i * 8, GATHERERS / WARP);
+                init_mbarrier(barriers.extras_free + i * 8, CONSUMERS / WARP);
+            }
+            publish_mbarriers();
+            prefetch_map(&p.weight), prefetch_map(&p.codes);
+            prefetch_weight(p, split, rank);
+        }
+        wait_for_previous_kernel();
+        let_next_kernel_start();
+        clear_ready(p.o);
+        cluster_sync();
+        if (threadIdx.x >= CONSUMERS) {
+            release_registers<72>();
+            if (threadIdx.x >= THREADS - GATHERERS)
+                gather(p.o, split, extras, barriers, rank);
+            else if (threadIdx.x == CONSUMERS)
+                produce(p, split, base, barriers, rank);
+        } else {
+            take_registers<216>();
+            consume(p, split, base, extras, barriers, rank);
+        }
+        // Neither block leaves while the other may still write to it.
+        __syncwarp();
+        cluster_sync();
+    }
+};
+
+#define WIDE(DTYPE, E, COLUMNS, SLOTS)                                                                                   \
+    extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1)                             \
+        int8_wide_##COLUMNS##_##DTYPE(const __grid_constant__ Problem p, const Split split) {                            \
+        typedef Wide<E, COLUMNS, SLOTS> Instance;                                                                        \
+        static_assert(Instance::BYTES <= 227 * 1024, "shared memory");                                                   \
+        Instance::run(p, split);                                                                                         \
+    }
+#define WIDES(DTYPE, E) WIDE(DTYPE, E, 64, 8) WIDE(DTYPE, E, 128, 6) WIDE(DTYPE, E, 256, 4)
+WIDES(f32, F32)
+WIDES(f16, F16)
+WIDES(bf16, BF16)

@@ -1,0 +1,242 @@
+//! The kernels that multiply int8, and which of them does: the one rule.
+
+use std::sync::OnceLock;
+
+use super::runs::{Cost, Runs, Tiles};
+use crate::{Error, Result};
+
+/// A kernel that multiplies int8, or one of its instances.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Int8Product {
+    /// int8_plain.cu
+    Plain,
+    /// int8_mma.cu, tiles of 16 rows
+    Mma16,
+    /// int8_mma.cu, tiles of 128 rows
+    Mma128,
+    /// int8_skinny.cu, which quantizes up to 8 rows itself
+    SkinnyOwn,
+    /// int8_skinny.cu, up to 8 quantized rows
+    Skinny8,
+    /// int8_skinny.cu, up to 16 quantized rows
+    Skinny16,
+    /// int8_wgmma.cu, tiles of 64 rows
+    Wide64,
+    /// int8_wgmma.cu, tiles of 128 rows
+    Wide128,
+    /// int8_wgmma.cu, tiles of 256 rows
+    Wide256,
+}
+
+/// Columns of a slot of int8_wgmma.cu.
+const SLOT: usize = 128;
+
+/// Bytes of shared memory for the codes of rows that int8_skinny.cu quantizes itself, and columns of its stages.
+const OWN_BYTES: usize = 64 * 1024;
+const OWN_STAGE: usize = 256;
+
+impl Int8Product {
+    /// All of them.
+    pub const ALL: [Self; 9] = [
+        Self::Plain,
+        Self::Mma16,
+        Self::Mma128,
+        Self::SkinnyOwn,
+        Self::Skinny8,
+        Self::Skinny16,
+        Self::Wide64,
+        Self::Wide128,
+        Self::Wide256,
+    ];
+
+    /// What it is called in the kernels' names and in `FEWBITS_INT8`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Plain => "plain",
+            Self::Mma16 => "mma_16",
+            Self::Mma128 => "mma_128",
+            Self::SkinnyOwn => "skinny_own",
+            Self::Skinny8 => "skinny_8",
+            Self::Skinny16 => "skinny_16",
+            Self::Wide64 => "wide_64",
+            Self::Wide128 => "wide_128",
+            Self::Wide256 => "wide_256",
+        }
+    }
+
+    /// Its file, without the ending.
+    pub fn family(self) -> &'static str {
+        match self {
+            Self::Plain => "int8_plain",
+            Self::Mma16 | Self::Mma128 => "int8_mma",
+            Self::SkinnyOwn | Self::Skinny8 | Self::Skinny16 => "int8_skinny",
+            Self::Wide64 | Self::Wide128 | Self::Wide256 => "int8_wgmma",
+        }
+    }
+
+    /// Threads of a block.
+    pub fn threads(self) -> u32 {
+        if self.columns().is_some() { 384 } else { 256 }
+    }
+
+    /// Bytes of shared memory that a launch asks for.
+    pub fn shared_bytes(self) -> u32 {
+        match self {
+            Self::Plain => 0,
+            Self::Mma16 => 3 * (16 + 128) * 64,
+            Self::Mma128 => 3 * (128 + 128) * 64,
+            _ => 227 * 1024,
+        }
+    }
+
+    /// Rows of A in a tile of an instance of int8_wgmma.cu.
+    pub fn columns(self) -> Option<usize> {
+        match self {
+            Self::Wide64 => Some(64),
+            Self::Wide128 => Some(128),
+            Self::Wide256 => Some(256),
+            _ => None,
+        }
+    }
+
+    /// Whether the copy engine must be able to read the operands.
+    pub fn needs_copy_engine(self) -> bool {
+        !matches!(self, Self::Plain | Self::Mma16 | Self::Mma128)
+    }
+
+    /// Whether it takes `m` rows of `k` columns, alignment apart.
+    pub fn takes(self, m: usize, k: usize) -> bool {
+        match self {
+            Self::SkinnyOwn => m <= 8 && m.next_power_of_two() * k.next_multiple_of(OWN_STAGE) <= OWN_BYTES,
+            Self::Skinny8 => m <= 8,
+            Self::Skinny16 => m <= 16,
+            _ => true,
+        }
+    }
+
+    /// What an instance of int8_wgmma.cu takes on an H200. Estimates: the prototype's tiles of 128 by 256 took 0.70 a slot and 4.2 an
+    /// end; a slot of 128 rows of W is read in 0.5.
+    fn cost(self) -> Cost {
+        match self {
+            Self::Wide64 => Cost { slot_us: 0.50, tile_us: 1.5, part_us: 1.5 },
+            Self::Wide128 => Cost { slot_us: 0.52, tile_us: 2.0, part_us: 2.5 },
+            _ => Cost { slot_us: 0.70, tile_us: 3.0, part_us: 5.0 },
+        }
+    }
+
+    fn tiles(self, m: usize, n: usize, k: usize) -> Tiles {
+        let columns = self.columns().unwrap_or(256);
+        Tiles { count: n.div_ceil(256) * m.div_ceil(columns), slots: k.div_ceil(SLOT) }
+    }
+
+    /// How an instance of int8_wgmma.cu deals out its tiles.
+    pub fn runs(self, m: usize, n: usize, k: usize, multiprocessors: usize, workspace: bool) -> Runs {
+        Runs::deal(self.tiles(m, n, k), multiprocessors, self.cost(), workspace)
+    }
+
+    /// Bytes that it needs for that.
+    pub fn workspace_size(self, m: usize, n: usize, k: usize, multiprocessors: usize) -> usize {
+        self.columns().map_or(0, |columns| self.runs(m, n, k, multiprocessors, true).workspace_size(128 * columns))
+    }
+}
+
+/// What a choice depends on besides sizes.
+#[derive(Debug, Clone, Copy)]
+pub struct Circumstances {
+    pub multiprocessors: usize,
+    /// Compute capability 7.5 or later.
+    pub tensor_cores: bool,
+    /// Hopper, and operands that its copy engine can read.
+    pub copy_engine: bool,
+    /// Rows that are not quantized yet and whose vectors are aligned.
+    pub own_rows: bool,
+    /// There is memory in which parts of tiles can meet.
+    pub workspace: bool,
+}
+
+/// The rule. On Hopper, H200, by estimates that no measurement has confirmed yet:
+///
+/// | rows | kernel |
+/// |---|---|
+/// | 1 to 4, few enough columns | `skinny_own`: one launch |
+/// | to 8, to 16 | `skinny_8`, `skinny_16` |
+/// | more | the shortest estimate of `wide_64`, `wide_128`, `wide_256` |
+///
+/// Elsewhere, and where rows do not start on 16 bytes: `plain` up to 4 rows, `mma_16` up to 16, `mma_128`; `plain` before compute
+/// capability 7.5.
+pub fn choose(m: usize, n: usize, k: usize, at: Circumstances) -> Result<Int8Product> {
+    let takes = |product: Int8Product| {
+        let runs = match product {
+            Int8Product::Plain => true,
+            Int8Product::SkinnyOwn => at.copy_engine && at.own_rows,
+            _ if product.needs_copy_engine() => at.copy_engine,
+            _ => at.tensor_cores,
+        };
+        runs && product.takes(m, k)
+    };
+    if let Some(product) = forced()?.filter(|&product| takes(product)) {
+        return Ok(product);
+    }
+    let estimate = |product: Int8Product| {
+        product.runs(m, n, k, at.multiprocessors, at.workspace).microseconds(product.tiles(m, n, k), product.cost())
+    };
+    Ok(if at.copy_engine {
+        match m {
+            ..=4 if takes(Int8Product::SkinnyOwn) => Int8Product::SkinnyOwn,
+            ..=8 => Int8Product::Skinny8,
+            9..=16 => Int8Product::Skinny16,
+            _ => {
+                let others = [Int8Product::Wide64, Int8Product::Wide128];
+                others.into_iter().fold(
+                    Int8Product::Wide256,
+                    |best, next| {
+                        if estimate(next) < estimate(best) { next } else { best }
+                    },
+                )
+            }
+        }
+    } else {
+        match m {
+            _ if !at.tensor_cores => Int8Product::Plain,
+            ..=4 => Int8Product::Plain,
+            5..=16 => Int8Product::Mma16,
+            _ => Int8Product::Mma128,
+        }
+    })
+}
+
+/// What the environment variable `FEWBITS_INT8`, read once, asks for; where its kernel does not take the problem the rule decides.
+fn forced() -> Result<Option<Int8Product>> {
+    static NAME: OnceLock<Option<String>> = OnceLock::new();
+    let Some(name) = NAME.get_or_init(|| std::env::var("FEWBITS_INT8").ok()).as_deref() else { return Ok(None) };
+    let found = Int8Product::ALL.into_iter().find(|product| product.name() == name);
+    let names = || Int8Product::ALL.map(Int8Product::name).join(", ");
+    found.map(Some).ok_or_else(|| Error::argument("FEWBITS_INT8", name, format!("one of {}", names())))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_choice_takes_the_problem() {
+        for (n, k) in [(1, 16), (300, 512), (4096, 4096), (14336, 4096), (4096, 14336), (8192, 8192), (128_256, 8192)] {
+            for m in [1, 2, 4, 5, 8, 9, 16, 17, 64, 65, 128, 512, 2048, 100_000] {
+                for bits in 0..8 {
+                    let [tensor_cores, copy_engine, own_rows] = [bits & 1 > 0, bits & 3 == 3, bits & 4 > 0];
+                    let at = Circumstances {
+                        multiprocessors: 132,
+                        tensor_cores,
+                        copy_engine,
+                        own_rows,
+                        workspace: own_rows,
+                    };
+                    let product = choose(m, n, k, at).unwrap();
+                    assert!(product.takes(m, k), "{m} {n} {k}: {product:?}");
+                    assert!(copy_engine || !product.needs_copy_engine());
+                    assert!(tensor_cores || product == Int8Product::Plain);
+                }
+            }
+        }
+    }
+}
