@@ -1,0 +1,282 @@
+"""Linear layers with an int8 weight."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from fewbits import _int8_prepared
+from fewbits._int8_matmul import MatmulLtState, multiply, quantize_weight
+from fewbits._int8_product import Weight
+from fewbits.nn.int8_params import Int8Params
+from fewbits.nn.module8bit import Module8bit
+
+__all__ = ["Linear8bitLt", "OutlierAwareLinear"]
+
+_is_compiling = torch.compiler.is_compiling
+
+
+class Linear8bitLt(Module8bit, nn.Linear):
+    """A linear layer by LLM.int8() (Dettmers et al. 2022): an int8 weight, activations quantized row by row.
+
+    Made like ``nn.Linear``. With ``has_fp16_weights=False``, for inference and adapters, it quantizes its weight on the
+    first move to a device, the CPU included, and holds codes from then on. With ``has_fp16_weights=True`` the weight
+    stays in floating point, can be trained, and is quantized for each product.
+
+    Activations are float32, float16 or bfloat16 and taken as they are. No product waits for the device, whatever the
+    threshold: products can be captured in a CUDA graph, and compiled with ``fullgraph=True``.
+
+    Parameters
+    ----------
+    input_features, output_features : int
+        The sizes `K` and `N`.
+    bias : bool
+        Whether there is one. It stays in floating point.
+    has_fp16_weights : bool
+        Whether the weight stays in floating point.
+    threshold : float
+        Columns of the activations that hold a magnitude of this or more (the paper: 6.0) are multiplied in floating
+        point; 0: none are.
+    index : int, optional
+        Kept as the attribute ``index``.
+    device : torch.device, optional
+        Where the weight is made. It is not quantized there before a ``.to``.
+
+    Notes
+    -----
+    The codes are ``weight.data``. Their scales are ``weight.SCB`` until the first product, which takes them over as
+    ``state.SCB``; scales set as ``weight.SCB`` later on are taken over by the next product. The state dict holds
+    ``weight`` (int8), ``bias``, ``SCB`` and ``weight_format``, as bitsandbytes' does; ``load_state_dict`` takes those
+    at any time, and takes floating-point weights too.
+
+    Examples
+    --------
+    >>> layer = Linear8bitLt(64, 32, has_fp16_weights=False, threshold=6.0).to("cpu")
+    >>> layer(torch.ones(2, 64)).shape, layer.weight.dtype
+    (torch.Size([2, 32]), torch.int8)
+    """
+
+    weight: Int8Params  # not nn.Linear's Tensor
+
+    def __init__(
+        self,
+        input_features: int,
+        output_features: int,
+        bias: bool = True,
+        has_fp16_weights: bool = True,
+        threshold: float = 0.0,
+        index: int | None = None,
+        device: torch.device | str | int | None = None,
+    ) -> None:
+        super().__init__(input_features, output_features, bias, device)
+        self.state = MatmulLtState()
+        self.index = index
+        self.state.threshold = threshold
+        self.state.has_fp16_weights = has_fp16_weights
+        self.state.use_pool = threshold > 0.0 and not has_fp16_weights
+        self.weight = Int8Params(
+            self.weight.data, has_fp16_weights=has_fp16_weights, requires_grad=has_fp16_weights
+        )
+
+    def _weight_shape(self) -> torch.Size:
+        return torch.Size((self.out_features, self.in_features))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return ``x @ W.T + bias`` in the dtype of `x`.
+
+        Parameters
+        ----------
+        x : torch.Tensor
+            Floating point, shape ``(..., K)``.
+
+        Returns
+        -------
+        torch.Tensor
+            Shape ``(..., N)``.
+
+        Raises
+        ------
+        RuntimeError
+            If the weight has codes without scales, or is on the meta device.
+        """
+        tracing, state = _is_compiling(), self.state
+        weight: Any = self._parameters.get("weight")
+        if not tracing:
+            state.is_training = self.training
+            if type(weight) is Int8Params and (prepared := weight.prepared) is not None and weight.SCB is None:
+                done = _int8_prepared.multiply(
+                    prepared, weight, state.SCB, x, state.threshold, self._parameters["bias"]
+                )
+                if done is not None:
+                    return done
+        weight = self.weight
+        if not weight.is_floating_point():
+            quantized = self._find_weight(weight, tracing)
+            if not tracing and type(weight) is Int8Params and weight.prepared is None:
+                weight.prepared = _int8_prepared.prepare(weight.data, quantized.SCB)  # for the next call
+            return multiply(x, quantized, state.threshold, self.bias, None)
+        if state.has_fp16_weights:
+            source = weight if weight.requires_grad else None
+            return multiply(x, quantize_weight(weight, state, tracing), state.threshold, self.bias, source)
+        if tracing or weight.is_meta:
+            raise RuntimeError(
+                "Linear8bitLt: expected a quantized weight, got a floating-point one; "
+                "move the module to a device first, as by .to('cuda') or .to('cpu')"
+            )
+        self._quantize_in_place(weight)
+        return self.forward(x)
+
+    def _find_weight(self, weight: torch.Tensor, tracing: bool) -> Weight:
+        """Return codes and scales; scales that have come with a new weight are taken over into the state."""
+        state = self.state
+        SCB: torch.Tensor | None = getattr(weight, "SCB", None)
+        fresh = SCB is not None
+        if SCB is None:
+            SCB = state.SCB
+        if SCB is None:
+            raise RuntimeError(
+                "Linear8bitLt: expected scales beside the codes of the weight, got None as weight.SCB and state.SCB"
+            )
+        if SCB.device != weight.device:
+            SCB = SCB.to(weight.device)
+        if tracing:
+            return Weight(weight, SCB)
+        codes = weight.data
+        if fresh:
+            self.init_8bit_state()
+        if state.CB is None or state.CB.data_ptr() != codes.data_ptr():
+            state.CB = codes
+        state.SCB = SCB
+        return Weight(codes, SCB)
+
+    def init_8bit_state(self) -> None:
+        """Take the codes and scales of the weight over into ``state``."""
+        weight = self.weight
+        self.state.CB, self.state.SCB = weight.CB, weight.SCB
+        weight.CB = weight.SCB = None
+
+    def _quantize_in_place(self, weight: torch.Tensor) -> None:
+        values = Int8Params(weight.data, requires_grad=False)
+        if isinstance(weight, Int8Params):
+            weight.data = values.to(weight.device)
+        else:
+            self.weight = values.to(weight.device)
+
+    # ---- what moves, copies, saves and loads ask for -----------------------------------------------------------------
+
+    def _scales(self) -> torch.Tensor | None:
+        SCB: torch.Tensor | None = getattr(self.weight, "SCB", None)
+        if SCB is None and not self.state.has_fp16_weights:
+            SCB = self.state.SCB
+        return SCB
+
+    def _adopt(self, weight: Int8Params) -> None:
+        state, own = self.state, self.weight
+        if not own._is_quantized():
+            return
+        if own.SCB is not None:  # came with the weight
+            state.CB = state.SCB = None
+        else:
+            self._follow(own)
+
+    def _follow(self, weight: torch.Tensor) -> None:
+        state = self.state
+        if state.has_fp16_weights or weight.is_meta:
+            return
+        if state.CB is not None:
+            state.CB = weight.data
+        if state.SCB is not None:
+            state.SCB = state.SCB.to(weight.device)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The codes are the weight's: a copy or a pickle holds them once.
+        state = MatmulLtState(**{k: v for k, v in vars(self.state).items() if k in MatmulLtState.__dataclass_fields__})
+        for key in ("threshold", "has_fp16_weights", "is_training", "use_pool"):
+            setattr(state, key, getattr(self.state, key))
+        state.CB = None
+        if state.has_fp16_weights:
+            state.SCB = None
+        return {**self.__dict__, "state": state}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self.state.SCB is not None:
+            self.state.CB = self.weight.data
+
+
+class OutlierAwareLinear(nn.Linear):
+    """A linear layer that keeps the input columns with outliers apart: a base class, whose two methods decide how.
+
+    The first input says which columns those are, unless ``outlier_dim`` was set before. Then the weight is replaced by
+    what `quantize_weight` returns, once, and every product is `forward_with_outliers`.
+
+    Parameters
+    ----------
+    input_features, output_features : int
+        The sizes `K` and `N`.
+    bias : bool
+        Whether there is one.
+    device : torch.device, optional
+        Where the weight is made.
+
+    Attributes
+    ----------
+    outlier_dim : torch.Tensor or None
+        int64: the columns of the input that hold outliers.
+    is_quantized : bool
+        Whether the weight has been replaced.
+
+    Examples
+    --------
+    >>> class Rounded(OutlierAwareLinear):
+    ...     def quantize_weight(self, w, outlier_idx):
+    ...         rounded = w.round()
+    ...         rounded[:, outlier_idx] = w[:, outlier_idx]
+    ...         return rounded
+    ...
+    ...     def forward_with_outliers(self, x, outlier_idx):
+    ...         return torch.nn.functional.linear(x, self.weight, self.bias)
+    >>> layer = Rounded(2, 1, bias=False)
+    >>> _ = layer.weight.data.copy_(torch.tensor([[0.3, 0.3]]))
+    >>> layer(torch.tensor([[1.0, 10.0]])).tolist(), layer.outlier_dim.tolist()
+    ([[3.0]], [1])
+    """
+
+    outlier_threshold = 6.0
+
+    def __init__(
+        self,
+        input_features: int,
+        output_features: int,
+        bias: bool = True,
+        device: torch.device | str | int | None = None,
+    ) -> None:
+        super().__init__(input_features, output_features, bias, device)
+        self.outlier_dim: torch.Tensor | None = None
+        self.is_quantized = False
+
+    def find_outliers(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the columns of an input that hold a magnitude of ``outlier_threshold`` (6.0) or more."""
+        columns = x.detach().reshape(-1, x.shape[-1]).abs() >= self.outlier_threshold
+        return columns.any(0).nonzero().flatten()
+
+    def forward_with_outliers(self, x: torch.Tensor, outlier_idx: torch.Tensor) -> torch.Tensor:
+        """Return the product of an input with the quantized weight; subclasses say how."""
+        raise NotImplementedError(f"{type(self).__name__}: expected a method forward_with_outliers(x, outlier_idx)")
+
+    def quantize_weight(self, w: torch.Tensor, outlier_idx: torch.Tensor) -> torch.Tensor:
+        """Return what replaces the weight, in its shape; subclasses say how."""
+        raise NotImplementedError(f"{type(self).__name__}: expected a method quantize_weight(w, outlier_idx)")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return `forward_with_outliers` of an input; the first one quantizes the weight."""
+        if self.outlier_dim is None:
+            self.outlier_dim = self.find_outliers(x)
+        if not self.is_quantized:
+            with torch.no_grad():
+                self.weight.copy_(self.quantize_weight(self.weight.detach(), self.outlier_dim))
+            self.is_quantized = True
+        return self.forward_with_outliers(x, self.outlier_dim)
