@@ -23,3 +23,7 @@ UPDATE_ERROR_SLACK = 0.003
 
 # Of the loss of a language model, between 8-bit and 32-bit states.
 LOSS_RATIO = 0.01
+
+# Of a product's outlier columns, relative to the sum of the magnitudes: on tensor cores both factors are rounded to the
+# activation's dtype. float32 has a few hundred sums on the way.
+INT8_OUTLIERS = {torch.float32: 1e-6, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}

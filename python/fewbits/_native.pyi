@@ -3,6 +3,9 @@
 `device` is a CUDA ordinal and `queue` the raw handle of a stream of that device, or -1 and the number of CPU threads.
 `dtype`: 0 float32, 1 float16, 2 bfloat16. `quant_type`: 0 nf4, 1 fp4. An address of 0 means "absent".
 
+LLM.int8(): `codes` int8[m][k], `row_scale` float32[m], `mask` uint32[ceil(k / 32)], a bit for each column that holds an
+outlier: set, never cleared. `weight` int8[n][k], `col_scale` float32[n]. A `threshold` of 0 means no outliers.
+
 Tables of the `optim_` functions, which lie on the device:
 
 - `tensors`: int64[count][OPTIM_FIELDS]: addresses of p, state1, state2, state3, absmax1, absmax2; n; address of the
@@ -26,6 +29,7 @@ __all__ = [
     "OPTIM_TILE",
     "OPTIM_WORKSPACE",
     "Error",
+    "Int8Weight",
     "Weight4bit",
     "__version__",
     "built_with_cuda",
@@ -38,6 +42,12 @@ __all__ = [
     "dequantize_blockwise",
     "driver_info",
     "images",
+    "int8_dequantize_panel",
+    "int8_linear",
+    "int8_linear_workspace_size",
+    "int8_matmul",
+    "int8_matmul_int32",
+    "int8_quantize_rows",
     "matmul_4bit",
     "matmul_4bit_workspace_size",
     "nested_workspace_size",
@@ -181,6 +191,82 @@ class Weight4bit:
     def matmul(
         self, x: int, m: int, dtype: int, bias: int, out: int, workspace: int, device: int, queue: int
     ) -> bool: ...
+
+def int8_quantize_rows(
+    x: int,
+    m: int,
+    k: int,
+    dtype: int,
+    threshold: float,
+    codes: int,
+    row_scale: int,
+    mask: int,
+    device: int,
+    queue: int,
+) -> None: ...
+def int8_matmul(
+    x: int,
+    dtype: int,
+    codes: int,
+    m: int,
+    k: int,
+    row_scale: int,
+    weight: int,
+    n: int,
+    col_scale: int,
+    mask: int,
+    bias: int,
+    out: int,
+    device: int,
+    queue: int,
+) -> None: ...
+def int8_linear(
+    x: int,
+    m: int,
+    k: int,
+    dtype: int,
+    threshold: float,
+    weight: int,
+    n: int,
+    col_scale: int,
+    bias: int,
+    out: int,
+    workspace: int,
+    device: int,
+    queue: int,
+) -> None: ...
+def int8_linear_workspace_size(m: int, n: int, k: int, outliers: bool, device: int) -> int: ...
+def int8_matmul_int32(a: int, m: int, k: int, b: int, n: int, out: int, device: int, queue: int) -> None: ...
+def int8_dequantize_panel(
+    weight: int,
+    n: int,
+    k: int,
+    col_scale: int,
+    first_row: int,
+    rows: int,
+    first_column: int,
+    columns: int,
+    out: int,
+    dtype: int,
+    device: int,
+    queue: int,
+) -> None: ...
+
+@final
+class Int8Weight:
+    def __new__(cls, weight: int, n: int, k: int, col_scale: int) -> Int8Weight: ...
+    def linear(
+        self,
+        x: int,
+        m: int,
+        dtype: int,
+        threshold: float,
+        bias: int,
+        out: int,
+        workspace: int,
+        device: int,
+        queue: int,
+    ) -> None: ...
 
 def optim_step(
     family: int,

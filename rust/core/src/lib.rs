@@ -4,7 +4,7 @@
 //! CPU threads or queues a kernel on the caller's stream. Nothing here allocates device memory, creates a stream or synchronizes.
 //!
 //! - [`codebook`]: code tables and the definition of the nearest code
-//! - [`blockwise`], [`double_quant`], [`matmul4`], [`optim`], [`panel`]: the operations: checks, then [`cpu`] or [`cuda`]
+//! - [`blockwise`], [`double_quant`], [`int8`], [`matmul4`], [`optim`], [`panel`]: the operations: checks, then [`cpu`] or [`cuda`]
 //! - [`cpu`]: vectorized loops, the instruction set chosen at run time
 //! - [`cuda`]: the driver, the embedded images, launches
 
@@ -16,6 +16,7 @@ pub mod double_quant;
 mod dtype;
 mod error;
 mod exact_sum;
+pub mod int8;
 pub mod matmul4;
 #[allow(dead_code, reason = "build.rs reads the rest")]
 mod matmul4_instances;

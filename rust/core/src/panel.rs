@@ -34,6 +34,14 @@ pub struct Panel {
     pub columns: usize,
 }
 
+/// Raises unless `count` rows or columns from `first` on are some of `size`.
+pub(crate) fn check_part(argument: &'static str, first: usize, count: usize, size: usize) -> Result<()> {
+    if first.checked_add(count).is_some_and(|end| end <= size) {
+        return Ok(());
+    }
+    Err(Error::argument(argument, format!("{count} from {first} on"), format!("a part of {size}")))
+}
+
 /// Writes `count` by `columns` values. An index that names no row is an error on the CPU, before anything is written; on CUDA,
 /// where nobody waits to see it, it gives a row of NaN.
 ///
@@ -45,19 +53,9 @@ pub struct Panel {
 /// A null address, a part that is not within the weight, an index that names no row (CPU), a driver failure.
 pub unsafe fn dequantize(weight: Weight, panel: Panel, dtype: Dtype, out: u64, target: Target) -> Result<()> {
     let elements = weight.blocks(dtype)?.n;
-    let within = |first: usize, count: usize, size: usize| first.checked_add(count).is_some_and(|end| end <= size);
-    if !within(panel.first_column, panel.columns, weight.k) {
-        let got = format!("{} from {} on", panel.columns, panel.first_column);
-        return Err(Error::argument("columns", got, format!("a part of {}", weight.k)));
-    }
-    if let Rows::From(first) = panel.rows
-        && !within(first, panel.count, weight.n)
-    {
-        return Err(Error::argument(
-            "rows",
-            format!("{} from {first} on", panel.count),
-            format!("a part of {}", weight.n),
-        ));
+    check_part("columns", panel.first_column, panel.columns, weight.k)?;
+    if let Rows::From(first) = panel.rows {
+        check_part("rows", first, panel.count, weight.n)?;
     }
     let values = panel.count.checked_mul(panel.columns).filter(|&values| values <= isize::MAX as usize / 8);
     let values =

@@ -8,6 +8,7 @@ use pyo3::prelude::*;
 mod blockwise;
 mod error;
 mod info;
+mod int8;
 mod matmul4;
 mod optim;
 mod panel;
@@ -27,6 +28,11 @@ mod _native {
     use super::error::Error;
     #[pymodule_export]
     use super::info::{cpu_info, driver_info, images};
+    #[pymodule_export]
+    use super::int8::{
+        Int8Weight, int8_dequantize_panel, int8_linear, int8_linear_workspace_size, int8_matmul, int8_matmul_int32,
+        int8_quantize_rows,
+    };
     #[pymodule_export]
     use super::matmul4::{Weight4bit, matmul_4bit, matmul_4bit_workspace_size};
     #[pymodule_export]

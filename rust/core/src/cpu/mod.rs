@@ -16,6 +16,7 @@ mod decades;
 pub mod dequantize;
 mod element;
 mod float_mode;
+pub(crate) mod int8;
 pub mod matmul4;
 pub(crate) mod optim;
 mod optim_block;

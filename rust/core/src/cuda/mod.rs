@@ -6,6 +6,7 @@ pub(crate) mod blockwise;
 mod device;
 mod driver;
 mod image;
+pub(crate) mod int8;
 mod kernel;
 mod launch;
 pub(crate) mod matmul4;
