@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import torch
 
-from fewbits import _native
 from fewbits import _checks_int8 as checks
+from fewbits import _native
 from fewbits._checks import DTYPES, check_buffer, check_dtype
 from fewbits._launch import as_float32, deliver, dense, share_memory, target, target_queue
 from fewbits._panel import Bound, multiply_panels, multiply_panels_transposed
 
 
-def int8_quantize_rows(
-    A: torch.Tensor, threshold: float = 0.0
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def int8_quantize_rows(A: torch.Tensor, threshold: float = 0.0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return (codes, largest magnitude of each row, bitmask of outlier columns: empty without a threshold)."""
     checks.check_rows(A, threshold)
     k, device = A.shape[-1], A.device
@@ -51,7 +49,7 @@ def int8_linear(
     B: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return ``A @ W.T + bias``, rows of `A` quantized on the way. `B`, of which `W` was made, is only for gradients."""
+    """Return ``A @ W.T + bias``, rows of `A` quantized on the way. `B`, of which `W` was made, is for gradients."""
     checks.check_linear(A, CB, SCB, threshold, bias, B)
     n, k = CB.shape
     result = _result((*A.shape[:-1], n), A.dtype, A, out, A, bias)
@@ -94,9 +92,7 @@ def int8_linear_matmul(A: torch.Tensor, B: torch.Tensor, out: torch.Tensor | Non
         result.zero_()
     elif result.numel():
         a, b = dense(A), dense(B)
-        _native.int8_matmul_int32(
-            a.data_ptr(), m, k, b.data_ptr(), n, result.data_ptr(), *target_queue(A.device)
-        )
+        _native.int8_matmul_int32(a.data_ptr(), m, k, b.data_ptr(), n, result.data_ptr(), *target_queue(A.device))
     return deliver(result, out)
 
 

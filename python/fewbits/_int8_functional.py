@@ -395,7 +395,5 @@ def int8_mixed_scaled_mm(
     _checks.check_same_device("A", A, "outlier_cols", outlier_cols)
     columns = outlier_cols.to(torch.int64)
     mask = _bitmask(columns, A.shape[-1])
-    product: torch.Tensor = _backend(A, CA, CB, SCA, SCB, bias).int8_mixed_scaled_mm(
-        A, CA, CB, SCA, SCB, mask, bias
-    )
+    product: torch.Tensor = _backend(A, CA, CB, SCA, SCB, bias).int8_mixed_scaled_mm(A, CA, CB, SCA, SCB, mask, bias)
     return product, A.detach().index_select(-1, columns)

@@ -50,7 +50,7 @@ class MatmulLtState:
     SCB: torch.Tensor | None = None
     SBt: torch.Tensor | None = None
     CBt: torch.Tensor | None = None
-    subB: torch.Tensor | None = None
+    subB: torch.Tensor | None = None  # noqa: N815
     outlier_pool: Any = None
     idx: torch.Tensor | None = None
 
@@ -63,7 +63,7 @@ class MatmulLtState:
     # Layouts of GPUs of the past. Others still read and reset them.
     CxB = None
     CxBt = None
-    formatB = None
+    formatB = None  # noqa: N815
     _tile_indices = None
 
     _source: ClassVar[tuple[int, int, torch.device] | None] = None  # what CB was last quantized from

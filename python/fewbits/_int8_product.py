@@ -35,10 +35,10 @@ def linear(
         if _launch.is_transformed():
             result = _Transformed.apply(A, bias, B, *weight, threshold)
             return result
-        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (A, bias, B)):
-            if _launch.is_direct(A, bias, B, *weight):
-                result = _Eager.apply(A, bias, B, weight, threshold)
-                return result
+        wants_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (A, bias, B))
+        if wants_grad and _launch.is_direct(A, bias, B, *weight):
+            result = _Eager.apply(A, bias, B, weight, threshold)
+            return result
     return _run(A, bias, B, weight, threshold)
 
 
@@ -188,9 +188,7 @@ class _Dense(torch.autograd.Function):
         return _mapped(_Dense, info, in_dims, args)
 
 
-def _mapped(
-    function: Any, info: Any, in_dims: tuple[Any, ...], args: tuple[Any, ...]
-) -> tuple[torch.Tensor, int]:
+def _mapped(function: Any, info: Any, in_dims: tuple[Any, ...], args: tuple[Any, ...]) -> tuple[torch.Tensor, int]:
     """Return a product over a batch: at once if only `A` has one, else one by one."""
     if all(dim is None for dim in tree_leaves(in_dims[1:])):
         return function.apply(args[0].movedim(in_dims[0], 0), *args[1:]), 0

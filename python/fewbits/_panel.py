@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -17,11 +17,13 @@ PANEL_BYTES = {"cuda": 64 << 20, "cpu": 4 << 20}
 # A panel's size is a multiple of this where it can be: matrix kernels work in such tiles, and vectors stay aligned.
 _TILE = 64
 
+_Native4bit = tuple[int, int, int, int, int, int, int, int, int, int]
+
 
 class Bound(NamedTuple):
     """A weight as native calls take it."""
 
-    native: tuple[int, ...]  # of 4 bits: codes, n, k, blocksize, quant_type, absmax and its nested parts
+    native: Any  # arguments; of 4 bits: codes, n, k, blocksize, quant_type, absmax and its nested parts
     shape: tuple[int, int]
     alive: tuple[torch.Tensor | None, ...]  # whose addresses these are
     kernel: str = "dequantize_4bit_panel"
@@ -124,6 +126,7 @@ def dequantize_4bit_rows(
     values = torch.empty((*indices.shape, k), dtype=dtype, device=indices.device)
     if indices.numel():
         weight, rows = bind(*parts), dense(indices)
+        native: _Native4bit = weight.native
         where = (rows.data_ptr(), rows.dtype == torch.int64, rows.numel(), values.data_ptr())
-        _native.dequantize_4bit_rows(*weight.native, *where, DTYPES[dtype], *target_queue(indices.device))
+        _native.dequantize_4bit_rows(*native, *where, DTYPES[dtype], *target_queue(indices.device))
     return values

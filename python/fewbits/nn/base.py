@@ -19,6 +19,7 @@ class QuantizedModule(nn.Module):
     """
 
     _parameter_class: ClassVar[type[Any]]
+    _with_state: ClassVar[str]  # what a quantized weight in a state dict is, and what it needs beside it
 
     def _weight_shape(self) -> torch.Size:
         """Return the shape of the weight, (N, K)."""
@@ -124,8 +125,7 @@ class QuantizedModule(nn.Module):
         shape = self._weight_shape()
         if entry.shape != shape:
             raise ValueError(
-                f"weight: expected shape {tuple(shape)}, or a quantized weight with the rest of its state beside it, "
-                f"got shape {tuple(entry.shape)} alone"
+                f"weight: expected shape {tuple(shape)}, or {self._with_state}, got shape {tuple(entry.shape)} alone"
             )
         return self._read_values(weight, entry, self._load_device(weight, entry, assign), assign)
 

@@ -40,8 +40,8 @@ class Int8Params(QuantizedParameter):
 
     Notes
     -----
-    The first product of a `Linear8bitLt` takes ``CB`` and ``SCB`` over into its ``state``; the data stay here. Assigning
-    an Int8Params to ``.data`` takes over its scales along with its codes.
+    The first product of a `Linear8bitLt` takes ``CB`` and ``SCB`` over into its ``state``; the data stay here.
+    Assigning an Int8Params to ``.data`` takes over its scales along with its codes.
 
     Examples
     --------
@@ -89,7 +89,7 @@ class Int8Params(QuantizedParameter):
 
     @data.setter
     def data(self, value: torch.Tensor) -> None:
-        QuantizedParameter.data.__set__(self, value)
+        QuantizedParameter.data.fset(self, value)  # type: ignore[attr-defined]
         if self.CB is not None:
             self.CB = self.data if self._is_quantized() and not self.is_meta else None
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -77,9 +76,7 @@ class Linear8bitLt(Module8bit, nn.Linear):
         self.state.threshold = threshold
         self.state.has_fp16_weights = has_fp16_weights
         self.state.use_pool = threshold > 0.0 and not has_fp16_weights
-        self.weight = Int8Params(
-            self.weight.data, has_fp16_weights=has_fp16_weights, requires_grad=has_fp16_weights
-        )
+        self.weight = Int8Params(self.weight.data, has_fp16_weights=has_fp16_weights, requires_grad=has_fp16_weights)
 
     def _weight_shape(self) -> torch.Size:
         return torch.Size((self.out_features, self.in_features))
@@ -154,8 +151,8 @@ class Linear8bitLt(Module8bit, nn.Linear):
 
     def init_8bit_state(self) -> None:
         """Take the codes and scales of the weight over into ``state``."""
-        weight = self.weight
-        self.state.CB, self.state.SCB = weight.CB, weight.SCB
+        weight: Any = self.weight
+        self.state.CB, self.state.SCB = weight.data, weight.SCB
         weight.CB = weight.SCB = None
 
     def _quantize_in_place(self, weight: torch.Tensor) -> None:
@@ -202,7 +199,7 @@ class Linear8bitLt(Module8bit, nn.Linear):
         return {**self.__dict__, "state": state}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         if self.state.SCB is not None:
             self.state.CB = self.weight.data
 

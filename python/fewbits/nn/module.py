@@ -21,6 +21,7 @@ class Module4bit(QuantizedModule):
     """
 
     _parameter_class = Params4bit
+    _with_state = "packed codes with weight.absmax and the rest of their state beside them"
 
     weight: Params4bit
     quant_state: QuantState | None

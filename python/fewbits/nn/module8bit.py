@@ -21,6 +21,7 @@ class Module8bit(QuantizedModule):
     """
 
     _parameter_class = Int8Params
+    _with_state = "torch.int8 codes of that shape with SCB beside them"
 
     weight: Int8Params
 

@@ -21,7 +21,7 @@ class QuantizedParameter(torch.nn.Parameter):
     def _like(self, data: torch.Tensor, **changes: Any) -> Self:
         """Return a parameter of other data, with the attributes of this one but for changes."""
         requires_grad = self.requires_grad and data.is_floating_point()
-        return type(self)(data, requires_grad, **{**self.__dict__, **changes})  # type: ignore[call-arg]
+        return type(self)(data, requires_grad, **{**self.__dict__, **changes})
 
     @property
     def data(self) -> torch.Tensor:
@@ -117,4 +117,5 @@ def attributes(parameter: QuantizedParameter) -> dict[str, Any]:
 
 
 def blank(cls: type[QuantizedParameter]) -> QuantizedParameter:
+    """Return an empty parameter, which a pickled state then fills."""
     return cls()
