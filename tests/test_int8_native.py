@@ -367,7 +367,7 @@ def test_bad_thresholds(bad: float) -> None:
     x, codes, row, out = torch.ones(2, 32), torch.ones(2, 32, dtype=torch.int8), torch.ones(2), torch.full((2, 2), 7.0)
     with pytest.raises(ValueError, match=r"^threshold: got (-1.5|NaN), expected"):
         _native.int8_quantize_rows(x.data_ptr(), 2, 32, 0, bad, codes.data_ptr(), row.data_ptr(), 0, -1, 1)
-    with pytest.raises(ValueError, match="^threshold"):
+    with pytest.raises(ValueError, match=r"^threshold"):
         _native.int8_linear(
             x.data_ptr(), 2, 32, 0, bad, codes.data_ptr(), 2, row.data_ptr(), 0, out.data_ptr(), 0, -1, 1
         )

@@ -130,6 +130,14 @@ class Int8Params(QuantizedParameter):
         codes, SCB, _ = int8_vectorwise_quant(data)
         return self._like(codes, CB=codes, SCB=SCB)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # The codes are the data: they are written once.
+        return {**super().__getstate__(), "CB": self.CB is not None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.CB = self.data if state["CB"] else None
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Int8Params:
         if id(self) in memo:
             done: Int8Params = memo[id(self)]

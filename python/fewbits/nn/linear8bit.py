@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -72,6 +73,7 @@ class Linear8bitLt(Module8bit, nn.Linear):
     ) -> None:
         super().__init__(input_features, output_features, bias, device)
         self.state = MatmulLtState()
+        self._SCB: torch.Tensor | None = None  # the scales of the last move or load
         self.index = index
         self.state.threshold = threshold
         self.state.has_fp16_weights = has_fp16_weights
@@ -128,11 +130,8 @@ class Linear8bitLt(Module8bit, nn.Linear):
 
     def _find_weight(self, weight: torch.Tensor, tracing: bool) -> Weight:
         """Return codes and scales; scales that have come with a new weight are taken over into the state."""
-        state = self.state
-        SCB: torch.Tensor | None = getattr(weight, "SCB", None)
-        fresh = SCB is not None
-        if SCB is None:
-            SCB = state.SCB
+        state, fresh = self.state, getattr(weight, "SCB", None) is not None
+        SCB = self._scales()
         if SCB is None:
             raise RuntimeError(
                 "Linear8bitLt: expected scales beside the codes of the weight, got None as weight.SCB and state.SCB"
@@ -146,7 +145,7 @@ class Linear8bitLt(Module8bit, nn.Linear):
             self.init_8bit_state()
         if state.CB is None or state.CB.data_ptr() != codes.data_ptr():
             state.CB = codes
-        state.SCB = SCB
+        state.SCB = self._SCB = SCB
         return Weight(codes, SCB)
 
     def init_8bit_state(self) -> None:
@@ -165,9 +164,13 @@ class Linear8bitLt(Module8bit, nn.Linear):
     # ---- what moves, copies, saves and loads ask for -----------------------------------------------------------------
 
     def _scales(self) -> torch.Tensor | None:
-        SCB: torch.Tensor | None = getattr(self.weight, "SCB", None)
+        weight = self.weight
+        SCB: torch.Tensor | None = getattr(weight, "SCB", None)
         if SCB is None and not self.state.has_fp16_weights:
             SCB = self.state.SCB
+            if SCB is None and not isinstance(weight, Int8Params):
+                # Sharding, serving and exporting leave plain tensors where the parameter was.
+                SCB = self._SCB
         return SCB
 
     def _adopt(self, weight: Int8Params) -> None:
@@ -176,6 +179,7 @@ class Linear8bitLt(Module8bit, nn.Linear):
             return
         if own.SCB is not None:  # came with the weight
             state.CB = state.SCB = None
+            self._SCB = own.SCB
         else:
             self._follow(own)
 
@@ -186,16 +190,16 @@ class Linear8bitLt(Module8bit, nn.Linear):
         if state.CB is not None:
             state.CB = weight.data
         if state.SCB is not None:
-            state.SCB = state.SCB.to(weight.device)
+            state.SCB = self._SCB = state.SCB.to(weight.device)
+        elif self._SCB is not None:
+            self._SCB = self._SCB.to(weight.device)
 
     def __getstate__(self) -> dict[str, Any]:
         # The codes are the weight's: a copy or a pickle holds them once.
-        state = MatmulLtState(**{k: v for k, v in vars(self.state).items() if k in MatmulLtState.__dataclass_fields__})
-        for key in ("threshold", "has_fp16_weights", "is_training", "use_pool"):
-            setattr(state, key, getattr(self.state, key))
+        state = copy.copy(self.state)
         state.CB = None
         if state.has_fp16_weights:
-            state.SCB = None
+            state.reset_grads()
         return {**self.__dict__, "state": state}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -118,4 +118,4 @@ def attributes(parameter: QuantizedParameter) -> dict[str, Any]:
 
 def blank(cls: type[QuantizedParameter]) -> QuantizedParameter:
     """Return an empty parameter, which a pickled state then fills."""
-    return cls()
+    return cls(torch.empty(0), requires_grad=False)
