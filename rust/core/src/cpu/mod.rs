@@ -10,6 +10,7 @@ mod avx512;
 mod avx512_code256;
 #[cfg(target_arch = "x86_64")]
 mod avx512_planes;
+mod buffer;
 mod crew;
 #[cfg(target_arch = "x86_64")]
 mod decades;

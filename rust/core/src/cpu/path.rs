@@ -67,6 +67,12 @@ impl Path {
     }
 }
 
+/// Whether this processor adds four products of bytes to a lane of 512-bit vectors at once.
+#[cfg(target_arch = "x86_64")]
+pub fn has_avx512_vnni() -> bool {
+    is_x86_feature_detected!("avx512vnni")
+}
+
 /// Whether this processor multiplies tiles of bfloat16 (AMX), as torch's own products do there.
 pub fn has_amx_bf16() -> bool {
     #[cfg(target_arch = "x86_64")]

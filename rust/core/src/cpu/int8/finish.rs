@@ -6,7 +6,7 @@ use crate::cpu::path::multiversion;
 use crate::int8::{Codes, INVERSE_127, INVERSE_16129, Output, Rows, Weight};
 
 /// Outlier columns whose weights are gathered at a time.
-const GATHERED: usize = 128;
+const GATHERED: usize = 64;
 
 /// What a product is finished with. `T` is the type of the tokens, the bias and the result.
 pub struct Finish<T> {
@@ -29,7 +29,9 @@ unsafe impl<T> Sync for Finish<T> {}
 /// A thread's memory.
 #[derive(Default)]
 pub struct Scratch {
-    /// `[column][row]`: weights of outlier columns.
+    /// `[column][row]`: codes of outlier columns of the weight.
+    codes: Vec<[i8; ROWS]>,
+    /// The same, scaled.
     weights: Vec<[f32; ROWS]>,
     /// `[token][row]`: their products.
     products: Vec<[f32; ROWS]>,
@@ -102,30 +104,80 @@ impl<T: Element> Finish<T> {
     /// Products of the outlier columns, one after the other.
     #[inline(always)]
     unsafe fn add_outliers(&self, scratch: &mut Scratch, block: Block, scales: &[f32; ROWS]) {
-        let Scratch { weights, products } = scratch;
+        let Scratch { codes, weights, products } = scratch;
         products.clear();
         products.resize(block.tokens, [0.0; ROWS]);
         for start in (0..self.columns.len()).step_by(GATHERED) {
             let columns = &self.columns[start..self.columns.len().min(start + GATHERED)];
-            weights.clear();
-            weights.extend(columns.iter().map(|&column| {
-                let mut weights = [0.0; ROWS];
-                for (row, weight) in weights[..block.rows].iter_mut().enumerate() {
+            codes.resize(columns.len(), [0; ROWS]);
+            // Row by row: elements of a column lie a row apart, often a power of two, on the same few lines of the cache.
+            for row in 0..block.rows {
+                let weight = self.weight.wrapping_add((block.first_row + row) * self.k);
+                for (codes, &column) in codes.iter_mut().zip(columns) {
                     // SAFETY: the block's rows have this column.
-                    let code = unsafe { self.weight.add((block.first_row + row) * self.k + column).read() };
-                    *weight = f32::from(code) * scales[row] * INVERSE_127;
+                    codes[row] = unsafe { weight.add(column).read() };
+                }
+            }
+            weights.clear();
+            weights.extend(codes.iter().map(|codes| {
+                let mut weights = [0.0; ROWS];
+                for i in 0..ROWS {
+                    weights[i] = f32::from(codes[i]) * scales[i] * INVERSE_127;
                 }
                 weights
             }));
-            for (token, products) in products.iter_mut().enumerate() {
-                let left_over = &self.left_over[(block.first_token + token) * self.columns.len() + start..];
-                let mut sums = *products;
-                for (x, weights) in left_over.iter().zip(&*weights) {
-                    for i in 0..ROWS {
-                        sums[i] += x * weights[i];
+            // Four tokens at a time, whose sums need not wait for each other.
+            for (group, products) in products.chunks_mut(FOUR).enumerate() {
+                let first = (block.first_token + group * FOUR) * self.columns.len() + start;
+                // SAFETY: the tokens of the group have these columns.
+                unsafe {
+                    let x = self.left_over.as_ptr().add(first);
+                    match products.as_chunks_mut::<FOUR>() {
+                        ([four], []) => add_products(four, x, self.columns.len(), weights),
+                        (_, some) => some.iter_mut().enumerate().for_each(|(token, one)| {
+                            let x = x.add(token * self.columns.len());
+                            add_products(std::array::from_mut(one), x, self.columns.len(), weights);
+                        }),
                     }
                 }
-                *products = sums;
+            }
+        }
+    }
+}
+
+/// Tokens at a time.
+const FOUR: usize = 4;
+
+/// Rows at a time: a vector of the widest.
+const LANES: usize = 16;
+
+/// Adds products of some tokens, `stride` apart, with columns of weights, column by column.
+///
+/// # Safety
+/// `x` holds an element for each token and column.
+#[inline(always)]
+unsafe fn add_products<const P: usize>(
+    products: &mut [[f32; ROWS]; P],
+    x: *const f32,
+    stride: usize,
+    weights: &[[f32; ROWS]],
+) {
+    for first in (0..ROWS).step_by(LANES) {
+        let mut sums = [[0.0f32; LANES]; P];
+        for (column, weights) in weights.iter().enumerate() {
+            let mut lanes = [0.0f32; LANES];
+            lanes.copy_from_slice(&weights[first..first + LANES]);
+            for (token, sums) in sums.iter_mut().enumerate() {
+                // SAFETY: the caller's promise.
+                let x = unsafe { x.add(token * stride + column).read() };
+                for i in 0..LANES {
+                    sums[i] += x * lanes[i];
+                }
+            }
+        }
+        for (sums, products) in sums.iter().zip(products.iter_mut()) {
+            for i in 0..LANES {
+                products[first + i] += sums[i];
             }
         }
     }

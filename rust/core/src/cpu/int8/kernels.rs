@@ -1,7 +1,9 @@
 //! Sums of products of int8, exact in int32.
 
 use super::tiles::ROWS;
-use crate::cpu::path::multiversion;
+use crate::cpu::Path;
+#[cfg(target_arch = "x86_64")]
+use crate::cpu::path::has_avx512_vnni;
 
 /// Rows of the weight that a kernel takes.
 pub const GROUP: usize = 4;
@@ -22,16 +24,41 @@ pub struct Kernels {
 }
 
 impl Kernels {
-    /// Those of this processor.
+    /// Those that this processor runs, the fastest first.
+    pub fn supported() -> impl Iterator<Item = &'static Self> {
+        #[cfg(target_arch = "x86_64")]
+        let of_path = |path: Path| match path {
+            Path::Avx512Bf16 | Path::Avx512 => has_avx512_vnni().then_some(&VNNI),
+            Path::Avx2 => Some(&AVX2),
+            Path::Portable => Some(&PORTABLE),
+        };
+        #[cfg(not(target_arch = "x86_64"))]
+        let of_path = |_| Some(&PORTABLE);
+        // Every processor of a path runs those of the paths after it.
+        Path::ALL.into_iter().skip_while(|&path| path != Path::chosen()).filter_map(of_path)
+    }
+
+    /// Those in use.
     pub fn chosen() -> &'static Self {
-        &PORTABLE
+        Self::supported().next().unwrap_or(&PORTABLE)
     }
 }
 
-static PORTABLE: Kernels = Kernels {
-    by_tokens: [portable::<1>, portable::<2>, portable::<3>, portable::<4>, portable::<5>, portable::<6>],
-    offset: 0,
-};
+/// A table of kernels, one for each number of tokens.
+macro_rules! table {
+    ($kernel:path, $offset:expr) => {{
+        use $kernel as kernel;
+        let by_tokens: [Kernel; MOST_TOKENS] =
+            [kernel::<1>, kernel::<2>, kernel::<3>, kernel::<4>, kernel::<5>, kernel::<6>];
+        Kernels { by_tokens, offset: $offset }
+    }};
+}
+
+#[cfg(target_arch = "x86_64")]
+static VNNI: Kernels = table!(super::vnni::kernel, super::vnni::OFFSET);
+#[cfg(target_arch = "x86_64")]
+static AVX2: Kernels = table!(super::avx2::kernel, 0);
+static PORTABLE: Kernels = table!(portable, 0);
 
 #[inline(always)]
 unsafe fn portable_body(
@@ -56,13 +83,7 @@ unsafe fn portable_body(
     }
 }
 
-multiversion! {
-    unsafe fn rows_of_dots[][](
-        tokens: usize, a: *const i8, stride: usize, b: [*const i8; GROUP], depth: usize, sums: *mut i32,
-    ) => portable_body
-}
-
 unsafe fn portable<const M: usize>(a: *const i8, stride: usize, b: [*const i8; GROUP], depth: usize, sums: *mut i32) {
     // SAFETY: the caller's promise, handed on.
-    unsafe { rows_of_dots(M, a, stride, b, depth, sums) }
+    unsafe { portable_body(M, a, stride, b, depth, sums) }
 }

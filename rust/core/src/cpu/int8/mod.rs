@@ -3,11 +3,18 @@
 //! Rows are quantized ([`rows`]), blocks of rows of the weight are multiplied with all tokens ([`tiles`], by the [`kernels`] of the
 //! processor) as exact integers, and each block is scaled, completed by its outlier columns and rounded ([`finish`]).
 
+#[cfg(target_arch = "x86_64")]
+mod avx2;
 mod finish;
 mod kernels;
 mod rows;
+#[cfg(test)]
+mod tests;
 mod tiles;
+#[cfg(target_arch = "x86_64")]
+mod vnni;
 
+use super::buffer::Buffer;
 use super::element::{Element, F32, for_dtype};
 use super::path::multiversion;
 use super::pool;
@@ -43,7 +50,7 @@ pub(crate) unsafe fn matmul(rows: Rows, codes: Codes, weight: Weight, output: Ou
 /// # Safety
 /// As [`crate::int8::linear`].
 pub(crate) unsafe fn linear(rows: Rows, threshold: f32, weight: Weight, output: Output, threads: usize) -> Result<()> {
-    let (mut codes, mut scales) = (vec![0i8; rows.m * weight.k], vec![0f32; rows.m]);
+    let (mut codes, mut scales) = (Buffer::<i8>::new(rows.m * weight.k), vec![0f32; rows.m]);
     let mut mask = vec![0u32; if threshold > 0.0 { weight.k.div_ceil(32) } else { 0 }];
     let mask = if mask.is_empty() { 0 } else { mask.as_mut_ptr() as u64 };
     let codes = Codes { codes: codes.as_mut_ptr() as u64, scales: scales.as_mut_ptr() as u64, mask };

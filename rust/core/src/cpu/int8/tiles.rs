@@ -1,14 +1,16 @@
 //! The loop over blocks of the result.
 //!
-//! A block is [`ROWS`] rows of the weight times up to [`TOKENS`] tokens. [`DEPTH`] columns at a time, so that the weight's part stays in
+//! A block is up to [`ROWS`] rows of the weight times up to [`TOKENS`] tokens. [`DEPTH`] columns at a time, so that the weight's part stays in
 //! the second cache while the tokens go by, groups of rows and of tokens are multiplied in registers. Nothing is packed: both
 //! matrices lie along the columns, and so do the vectors.
 
 use super::kernels::{GROUP, Kernels, MOST_TOKENS};
 use crate::Result;
+use crate::cpu::buffer::Buffer;
+use crate::cpu::path::multiversion;
 use crate::cpu::pool;
 
-/// Rows of a block: a multiple of a kernel's.
+/// The most rows of a block, a multiple of a kernel's, and from token to token of its sums.
 pub const ROWS: usize = 64;
 
 /// Tokens of a block.
@@ -49,21 +51,22 @@ pub unsafe fn multiply<S: Default>(
 ) -> Result<()> {
     let Factors { a, m, n, k, .. } = *factors;
     let kernels = Kernels::chosen();
-    let starts: Vec<i32> = match kernels.offset {
-        0 => vec![0; m],
+    // Many threads share few rows by smaller blocks.
+    let most_rows = if n / ROWS >= 4 * threads { ROWS } else { ROWS / 4 };
+    let starts: Vec<i32> = (0..m)
         // SAFETY: the tokens have these elements.
-        offset => (0..m).map(|token| -offset * unsafe { sum_of(a.add(token * k), k) }).collect(),
-    };
-    let scratch = || (vec![0i32; m.min(TOKENS) * ROWS], S::default());
+        .map(|token| unsafe { if kernels.offset == 0 { 0 } else { -kernels.offset * sum_of(a.add(token * k), k) } })
+        .collect();
+    let scratch = || (Buffer::new(m.min(TOKENS) * ROWS), S::default());
     // A row is read once; sums of many tokens take longer than that.
-    let bytes_per_unit = ROWS * (k + m * k / 16 + 64);
-    pool::run_with(n.div_ceil(ROWS), bytes_per_unit, threads, scratch, |(sums, own), first, last| {
-        for first_row in (first * ROWS..n.min(last * ROWS)).step_by(ROWS) {
-            let rows = ROWS.min(n - first_row);
+    let bytes = most_rows * (k + m * k / 4 + 64);
+    pool::run_with(n.div_ceil(most_rows), bytes, threads, scratch, |(sums, own), first, last| {
+        for first_row in (first * most_rows..n.min(last * most_rows)).step_by(most_rows) {
+            let rows = most_rows.min(n - first_row);
             for first_token in (0..m).step_by(TOKENS) {
                 let tokens = TOKENS.min(m - first_token);
                 let block = Block { first_token, tokens, first_row, rows };
-                let sums = &mut sums[..tokens * ROWS];
+                let sums = &mut sums.as_mut_slice()[..tokens * ROWS];
                 for (sums, &start) in sums.chunks_exact_mut(ROWS).zip(&starts[first_token..]) {
                     sums.fill(start);
                 }
@@ -75,20 +78,34 @@ pub unsafe fn multiply<S: Default>(
     })
 }
 
+#[inline(always)]
+unsafe fn sum_body(x: *const i8, count: usize, sum: &mut i32) {
+    // SAFETY: the caller's row holds `count` elements.
+    *sum = unsafe { std::slice::from_raw_parts(x, count) }.iter().map(|&x| i32::from(x)).sum();
+}
+
+multiversion! {
+    unsafe fn run_sum[][](x: *const i8, count: usize, sum: &mut i32) => sum_body
+}
+
 /// # Safety
 /// `x` holds `count` elements.
 unsafe fn sum_of(x: *const i8, count: usize) -> i32 {
-    // SAFETY: the caller's promise.
-    unsafe { std::slice::from_raw_parts(x, count) }.iter().map(|&x| i32::from(x)).sum()
+    let mut sum = 0;
+    // SAFETY: the caller's promise, handed on.
+    unsafe { run_sum(x, count, &mut sum) };
+    sum
 }
 
 /// # Safety
 /// The block lies within the matrices; `sums` has room for its tokens.
 unsafe fn add_products(factors: &Factors, kernels: &Kernels, block: Block, sums: &mut [i32]) {
     let Factors { a, b, k, .. } = *factors;
-    for column in (0..k).step_by(DEPTH) {
-        let depth = DEPTH.min(k - column);
-        let groups = block.tokens.div_ceil(MOST_TOKENS);
+    let groups = block.tokens.div_ceil(MOST_TOKENS);
+    // One group goes through whole rows, as they lie in memory.
+    let most = if groups == 1 { k } else { DEPTH };
+    for column in (0..k).step_by(most.max(1)) {
+        let depth = most.min(k - column);
         for group in 0..groups {
             // As even a split as there is: seven tokens are four and three, not six and one.
             let (first, end) = (block.tokens * group / groups, block.tokens * (group + 1) / groups);

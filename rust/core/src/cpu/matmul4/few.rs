@@ -1,9 +1,10 @@
 //! Few tokens: each row of the weight is read once and multiplied with all of them.
 
 use super::Product;
-use super::pack::{self, Buffer, CHUNK, Lift, NATURAL};
+use super::pack::{self, CHUNK, Lift, NATURAL};
 #[cfg(target_arch = "x86_64")]
 use super::{Path, avx512};
+use crate::cpu::buffer::Buffer;
 use crate::cpu::dequantize::{Tensor4, run_of_elements};
 #[cfg(target_arch = "x86_64")]
 use crate::cpu::element::Bf16;

@@ -6,9 +6,10 @@
 
 use super::Product;
 use super::few::multiply_add;
-use super::pack::{self, Buffer, CHUNK, Lift, NATURAL, PANEL};
+use super::pack::{self, CHUNK, Lift, NATURAL, PANEL};
 #[cfg(target_arch = "x86_64")]
 use super::{Path, avx512};
+use crate::cpu::buffer::Buffer;
 use crate::cpu::dequantize::{Tensor4, run_of_elements};
 #[cfg(target_arch = "x86_64")]
 use crate::cpu::element::Bf16;
