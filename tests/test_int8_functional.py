@@ -199,6 +199,17 @@ def test_mixed_scaled_mm(dtype: torch.dtype, shape: tuple[int, ...], device: tor
     assert torch.equal(y, F.int8_scaled_mm(ca, cb, sca, scb, dtype=dtype))
 
 
+def test_every_column_an_outlier(device: torch.device) -> None:
+    x, w = (10 + randn(3, 70).abs()).to(device), randn(5, 70).to(device)
+    ca, sca, columns = F.int8_vectorwise_quant(x, 6.0)
+    cb, scb, _ = F.int8_vectorwise_quant(w)
+    assert columns is not None
+    assert columns.tolist() == list(range(70))
+    assert not ca.any()
+    y, _ = F.int8_mixed_scaled_mm(x, ca, cb, sca, scb, columns)
+    torch.testing.assert_close(y, x @ F.int8_vectorwise_dequant(cb, scb).t(), rtol=1e-5, atol=1e-4)
+
+
 def state_of(cb: torch.Tensor, scb: torch.Tensor) -> fewbits.MatmulLtState:
     state = fewbits.MatmulLtState()
     state.CB, state.SCB, state.has_fp16_weights, state.is_training = cb, scb, False, False

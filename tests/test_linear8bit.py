@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import doctest
+import importlib
 import inspect
 import logging
 import warnings
@@ -18,6 +20,8 @@ from arrays import DTYPES
 from fewbits.nn import Embedding8bit, Int8Params, Linear8bitLt, OutlierAwareLinear
 from linear8bit_layers import K, N, activations, assert_same_layer, dense, make, randn, raw, scales
 from products import distance
+
+EXAMPLES = ["_int8_functional", "_int8_matmul", "nn.embedding8bit", "nn.int8_params", "nn.linear8bit"]
 
 no_grad = pytest.mark.usefixtures("_no_grad")
 
@@ -368,6 +372,13 @@ class Kept(OutlierAwareLinear):
 
     def forward_with_outliers(self, x: torch.Tensor, outlier_idx: torch.Tensor) -> torch.Tensor:
         return nn.functional.linear(x, self.weight, self.bias)
+
+
+@pytest.mark.parametrize("module", EXAMPLES)
+def test_examples(module: str) -> None:
+    result = doctest.testmod(importlib.import_module(f"fewbits.{module}"), extraglobs={"torch": torch})
+    assert result.attempted
+    assert not result.failed
 
 
 def test_outlier_aware_linear(device: torch.device) -> None:
