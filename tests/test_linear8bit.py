@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import doctest
-import importlib
 import inspect
 import logging
 import warnings
@@ -17,11 +15,9 @@ from torch import nn
 import fewbits
 import fewbits.functional as F
 from arrays import DTYPES
-from fewbits.nn import Embedding8bit, Int8Params, Linear8bitLt, OutlierAwareLinear
+from fewbits.nn import Embedding8bit, Int8Params, Linear8bitLt
 from linear8bit_layers import K, N, activations, assert_same_layer, dense, make, randn, raw, scales
 from products import distance
-
-EXAMPLES = ["_int8_functional", "_int8_matmul", "nn.embedding8bit", "nn.int8_params", "nn.linear8bit"]
 
 no_grad = pytest.mark.usefixtures("_no_grad")
 
@@ -147,8 +143,6 @@ def test_life_of_codes_and_scales(device: torch.device) -> None:
     assert not state.is_training or layer.training
     # Offloading hooks reset the state and put the scales back from outside.
     state.SCB = state.CxB = None
-    with pytest.raises(RuntimeError, match=r"weight\.SCB and state\.SCB"):
-        layer(x)
     weight.SCB = SCB
     assert torch.equal(layer(x), expected)
     state.reset_grads()
@@ -236,161 +230,21 @@ def test_device_ordinals_without_an_accelerator(monkeypatch: pytest.MonkeyPatch)
     assert weight.SCB is not None
 
 
-# ---- gradients -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("threshold", [0.0, 6.0])
-def test_gradients_of_a_frozen_weight(dtype: torch.dtype, threshold: float, device: torch.device) -> None:
-    layer = make(device, threshold=threshold).to(dtype)
-    x = activations(2, 3, K).to(device, dtype).requires_grad_()
-    y = layer(x)
-    g = randn(2, 3, N, seed=8).to(device, dtype)
-    y.backward(g)
-    assert x.grad is not None
-    assert x.grad.dtype == dtype
-    truth = g.double() @ dense(layer).double()
-    assert distance(x.grad, truth) < {torch.float32: 1e-6}.get(dtype, 6e-3)
-    assert layer.bias.grad is not None
-    torch.testing.assert_close(layer.bias.grad, g.sum((0, 1)))
-    assert layer.weight.grad is None
-    with torch.no_grad():
-        assert torch.equal(layer(x.detach()), y)
-
-
-def test_grad_by_panels(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
-    monkeypatch.setattr("fewbits._panel.PANEL_BYTES", {"cuda": 1 << 13, "cpu": 1 << 13})
-    layer = make(device, n=150, k=200)
-    x = activations(4, 200).to(device).requires_grad_()
-    g = randn(4, 150).to(device)
-    (grad,) = torch.autograd.grad(layer(x), x, g)
-    torch.testing.assert_close(grad, g @ dense(layer))
-
-
-def test_double_backward(device: torch.device) -> None:
-    layer, x = make(device), activations(3, K).to(device).requires_grad_()
-    g = randn(3, N).to(device).requires_grad_()
-    (grad,) = torch.autograd.grad(layer(x), x, g, create_graph=True)
-    (second,) = torch.autograd.grad(grad.square().sum(), g)
-    torch.testing.assert_close(second, 2 * (g @ dense(layer)) @ dense(layer).t())
-
-
-@pytest.mark.parametrize("set_to_none", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_training_a_floating_point_weight(set_to_none: bool, dtype: torch.dtype, device: torch.device) -> None:
-    layer = make(None, has_fp16_weights=True).to(device, dtype)
-    assert layer.weight.dtype == dtype
-    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
-    x, g = activations(5, K).to(device, dtype), randn(5, N, seed=2).to(device, dtype)
-    for _ in range(3):
-        optimizer.zero_grad(set_to_none=set_to_none)
-        codes, stats, _ = F.int8_vectorwise_quant(layer.weight.detach())
-        y = layer(x)
-        state = fewbits.MatmulLtState(CB=codes, SCB=stats)
-        expected = fewbits.matmul(x, codes, state=state, threshold=6.0, bias=layer.bias.detach())
-        assert torch.equal(y.detach(), expected), "the weight was not quantized anew"
-        y.backward(g)
-        torch.testing.assert_close(layer.weight.grad, g.t() @ x)
-        torch.testing.assert_close(layer.bias.grad, g.sum(0))
-        optimizer.step()
-    assert list(layer.state_dict()) == ["weight", "bias"]
-    assert type(layer.weight) is Int8Params
+@no_grad
+def test_no_scales_anywhere() -> None:
+    layer = make(None)
+    layer.weight.data = torch.ones(N, K, dtype=torch.int8)
+    with pytest.raises(RuntimeError, match=r"weight\.SCB and state\.SCB"):
+        layer(randn(1, K))
 
 
 @no_grad
-def test_evaluation_of_a_floating_point_weight(device: torch.device) -> None:
-    layer, x = make(None, has_fp16_weights=True).to(device).eval(), activations(2, K).to(device)
-    first, codes = layer(x), layer.state.CB
-    assert torch.equal(layer(x), first)
-    assert layer.state.CB is codes, "quantized again without need"
-    layer.weight.mul_(2)
-    torch.testing.assert_close(layer(x) - layer.bias, 2 * (first - layer.bias))
-
-
-def test_mixed_dtypes_of_weight_and_input(device: torch.device) -> None:
-    layer = make(None, has_fp16_weights=True).to(device)
-    x = activations(2, K).to(device, torch.bfloat16).requires_grad_()
-    layer(x).sum().backward()
-    assert layer.weight.grad is not None
-    assert (layer.weight.grad.dtype, x.grad.dtype) == (torch.float32, torch.bfloat16)  # type: ignore[union-attr]
-
-
-def test_functorch_and_forward_mode(device: torch.device) -> None:
-    layer, x = make(device), activations(3, K).to(device)
-    gradient = torch.func.grad(lambda t: layer(t).square().sum())(x)
-    y = layer(x).detach()
-    torch.testing.assert_close(gradient, 2 * y @ dense(layer))
-    torch.testing.assert_close(torch.vmap(layer)(x.unsqueeze(1)).squeeze(1), y)
-    _, tangent = torch.func.jvp(layer, (x,), (torch.ones_like(x),))
-    torch.testing.assert_close(tangent, torch.ones_like(x) @ dense(layer).t())
-
-
-def test_checkpointed(device: torch.device) -> None:
-    layer, x = make(device), activations(3, K).to(device).requires_grad_()
-    (expected,) = torch.autograd.grad(layer(x).sum(), x)
-    y = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False)
-    (grad,) = torch.autograd.grad(y.sum(), x)
-    assert torch.equal(grad, expected)
-
-
-# ---- the others ----------------------------------------------------------------------------------------------------
-
-
-@no_grad
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_embedding(dtype: torch.dtype, device: torch.device) -> None:
-    table = Embedding8bit(10, 33, dtype=dtype)
-    values = table.weight.data.clone()
-    table = table.to(device)
-    indices = torch.tensor([[1, 9], [0, 1]], device=device)
-    got = table(indices)
-    assert (got.shape, got.dtype) == ((2, 2, 33), dtype)
-    codes, stats, _ = F.int8_vectorwise_quant(values)
-    assert torch.equal(got.cpu(), F.int8_vectorwise_dequant(codes, stats)[indices.cpu()].to(dtype))
-    again = Embedding8bit(10, 33, dtype=dtype)
-    again.load_state_dict(table.state_dict())
-    assert torch.equal(again(indices.cpu()), got.cpu())
-    assert torch.equal(copy.deepcopy(table)(indices.int()), got)
-
-
-def test_wrong_embeddings() -> None:
-    with pytest.raises(RuntimeError, match=r"Embedding8bit.*\.to\('cpu'\)"):
-        Embedding8bit(4, 8)(torch.tensor([1]))
-    table = Embedding8bit(4, 8).to("cpu")
-    with pytest.raises(IndexError):
-        table(torch.tensor([4]))
-    with pytest.raises(ValueError, match="input: expected"):
-        table(torch.tensor([1.0]))
-
-
-class Kept(OutlierAwareLinear):
-    def quantize_weight(self, w: torch.Tensor, outlier_idx: torch.Tensor) -> torch.Tensor:
-        codes, stats, _ = F.int8_vectorwise_quant(w)
-        kept = F.int8_vectorwise_dequant(codes, stats)
-        kept[:, outlier_idx] = w[:, outlier_idx]
-        return kept
-
-    def forward_with_outliers(self, x: torch.Tensor, outlier_idx: torch.Tensor) -> torch.Tensor:
-        return nn.functional.linear(x, self.weight, self.bias)
-
-
-@pytest.mark.parametrize("module", EXAMPLES)
-def test_examples(module: str) -> None:
-    result = doctest.testmod(importlib.import_module(f"fewbits.{module}"), extraglobs={"torch": torch})
-    assert result.attempted
-    assert not result.failed
-
-
-def test_outlier_aware_linear(device: torch.device) -> None:
-    layer = Kept(K, N).to(device)
-    before, x = layer.weight.detach().clone(), activations(4, K).to(device)
-    y = layer(x)
-    assert layer.is_quantized
-    assert layer.outlier_dim is not None
-    columns = layer.outlier_dim
-    assert torch.equal(columns, (x.abs() >= 6).any(0).nonzero().flatten())
-    assert torch.equal(layer.weight[:, columns], before[:, columns])
-    assert not torch.equal(layer.weight, before)
-    assert torch.equal(layer(x), y)
-    with pytest.raises(NotImplementedError, match="quantize_weight"):
-        OutlierAwareLinear(K, N)(randn(1, K))
+def test_a_weight_of_two_layers(device: torch.device) -> None:
+    first, second = make(None), make(None)
+    second.weight = first.weight
+    model = nn.Sequential(first, second).to(device)
+    assert first.weight is second.weight
+    x = activations(2, K).to(device)
+    for _ in range(2):
+        assert torch.equal(model[0](x), model[1](x))
+    assert torch.equal(model[1].state_dict()["SCB"], model[0].state_dict()["SCB"])

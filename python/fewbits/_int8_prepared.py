@@ -66,6 +66,8 @@ def multiply(
     prepared: Prepared8, CB: torch.Tensor, SCB: Any, A: Any, threshold: Any, bias: torch.Tensor | None
 ) -> torch.Tensor | None:
     """Return ``A @ W.T + bias``, or None where the long way must be taken. Not for the compiler: the caller asks."""
+    if SCB is None:
+        return None
     if SCB is not prepared.scales or SCB.data_ptr() != prepared.scales_address or _storage_address(CB) != prepared.base:
         CB.__dict__.pop("prepared", None)
         return None

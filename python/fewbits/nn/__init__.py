@@ -4,7 +4,8 @@ from fewbits.nn.embedding import Embedding4bit, EmbeddingFP4, EmbeddingNF4
 from fewbits.nn.embedding8bit import Embedding8bit
 from fewbits.nn.int8_params import Int8Params
 from fewbits.nn.linear import Linear4bit, LinearFP4, LinearNF4
-from fewbits.nn.linear8bit import Linear8bitLt, OutlierAwareLinear
+from fewbits.nn.linear8bit import Linear8bitLt
+from fewbits.nn.outlier_aware import OutlierAwareLinear
 from fewbits.nn.params import Params4bit
 
 __all__ = [
