@@ -350,6 +350,8 @@ WRONG: list[tuple[str, type[Exception], Callable[[], object]]] = [
     ("state.SCB: expected the scales", ValueError, lambda: fewbits.matmul(X, CODES)),
     ("B: expected two dimensions", ValueError, lambda: fewbits.matmul(X, X[0])),
     ("A: expected a last size of 32", ValueError, lambda: fewbits.matmul(X[:, 1:], X)),
+    ("threshold: expected 0 or more", ValueError, lambda: fewbits.matmul(X, X, threshold=-6.0)),
+    ("threshold: expected 0 or more", ValueError, lambda: fewbits.nn.Linear8bitLt(8, 8, threshold=-6.0)),
     ("A: expected a floating-point", ValueError, lambda: fewbits.matmul(X.int(), X)),
     ("out: expected shape", ValueError, lambda: fewbits.matmul(X, X, out=torch.empty(3, 2))),
     ("out: expected None", ValueError, lambda: fewbits.matmul(X.clone().requires_grad_(), X, out=torch.empty(2, 2))),

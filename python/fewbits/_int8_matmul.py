@@ -123,8 +123,9 @@ def matmul(
     """
     if state is None:
         state = MatmulLtState()
+    checks.check_threshold(threshold)
     if threshold > 0.0:
-        state.threshold = threshold
+        state.threshold = float(threshold)
     tracing = torch.compiler.is_compiling()
     weight, source = _weight(B, state, tracing)
     if out is None and source is None and not tracing:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from fewbits import _int8_prepared
+from fewbits._checks_int8 import check_threshold
 from fewbits._int8_matmul import MatmulLtState, multiply, quantize_weight
 from fewbits._int8_product import Weight
 from fewbits.nn.int8_params import Int8Params
@@ -45,6 +46,11 @@ class Linear8bitLt(Module8bit, nn.Linear):
     device : torch.device, optional
         Where the weight is made. It is not quantized there before a ``.to``.
 
+    Raises
+    ------
+    TypeError, ValueError
+        If the threshold is no number, or below 0.
+
     Notes
     -----
     The codes are ``weight.data``. Their scales are ``weight.SCB`` until the first product, which takes them over as
@@ -71,11 +77,12 @@ class Linear8bitLt(Module8bit, nn.Linear):
         index: int | None = None,
         device: torch.device | str | int | None = None,
     ) -> None:
+        check_threshold(threshold)
         super().__init__(input_features, output_features, bias, device)
         self.state = MatmulLtState()
         self._SCB: torch.Tensor | None = None  # the scales of the last move or load
         self.index = index
-        self.state.threshold = threshold
+        self.state.threshold = float(threshold)
         self.state.has_fp16_weights = has_fp16_weights
         self.state.use_pool = threshold > 0.0 and not has_fp16_weights
         self.weight = Int8Params(self.weight.data, has_fp16_weights=has_fp16_weights, requires_grad=has_fp16_weights)
