@@ -11,6 +11,17 @@ from fewbits.nn import Int8Params, Linear8bitLt
 
 N, K = 24, 96
 
+OPS = [
+    "int8_dense_matmul",
+    "int8_dense_matmul_grad",
+    "int8_linear",
+    "int8_linear_matmul",
+    "int8_mixed_scaled_mm",
+    "int8_quantize_rows",
+    "int8_scaled_mm",
+    "int8_vectorwise_dequant",
+]
+
 
 def randn(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))

@@ -11,7 +11,7 @@ from torch import nn
 import fewbits
 import fewbits.functional as F
 from fewbits.nn import Embedding8bit, Linear8bitLt
-from linear8bit_layers import K, N, activations, make, randn
+from linear8bit_layers import OPS, K, N, activations, make, randn
 
 ops = torch.ops.fewbits
 
@@ -115,19 +115,7 @@ def arguments(name: str, device: torch.device, dtype: torch.dtype) -> tuple[obje
     }[name]
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "int8_quantize_rows",
-        "int8_linear",
-        "int8_linear_matmul",
-        "int8_scaled_mm",
-        "int8_mixed_scaled_mm",
-        "int8_vectorwise_dequant",
-        "int8_dense_matmul",
-        "int8_dense_matmul_grad",
-    ],
-)
+@pytest.mark.parametrize("name", OPS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_opcheck(name: str, dtype: torch.dtype, device: torch.device) -> None:
     torch.library.opcheck(getattr(ops, name).default, arguments(name, device, dtype))
