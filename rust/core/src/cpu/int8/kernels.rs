@@ -70,14 +70,18 @@ unsafe fn portable_body(
     sums: *mut i32,
 ) {
     for token in 0..tokens {
-        for (row, b) in b.into_iter().enumerate() {
-            // SAFETY: the caller's rows hold `depth` elements, its sums all of these.
-            unsafe {
-                let a = std::slice::from_raw_parts(a.add(token * stride), depth);
-                let b = std::slice::from_raw_parts(b, depth);
-                let sum: i32 = a.iter().zip(b).map(|(&a, &b)| i32::from(a) * i32::from(b)).sum();
+        // SAFETY: the caller's rows hold `depth` elements, its sums all of these.
+        unsafe {
+            let a = std::slice::from_raw_parts(a.add(token * stride), depth);
+            let [b, c, d, e] = b.map(|b| std::slice::from_raw_parts(b, depth));
+            let mut totals = [0i32; GROUP];
+            for i in 0..depth {
+                let products = [b[i], c[i], d[i], e[i]].map(|weight| i32::from(a[i]) * i32::from(weight));
+                (0..GROUP).for_each(|row| totals[row] += products[row]);
+            }
+            for (row, total) in totals.into_iter().enumerate() {
                 let to = sums.add(token * ROWS + row);
-                *to = (*to).wrapping_add(sum);
+                *to = (*to).wrapping_add(total);
             }
         }
     }

@@ -77,7 +77,8 @@ unsafe fn row_body<T: Element>(
     let largest = most.into_iter().chain(of_rest).max().unwrap_or(0);
     *scale = f32::from_bits(largest);
     if found | found_in_rest != 0 && !mask.is_empty() {
-        mark::<T>(x, k, outliers, mask);
+        // SAFETY: the caller's row holds `k` elements.
+        unsafe { mark::<T>(x, k, outliers, mask) };
     }
     // SAFETY: the caller's rows hold `k` elements.
     unsafe {
@@ -102,7 +103,10 @@ unsafe fn row_body<T: Element>(
 }
 
 /// Sets the bits of the columns where a row has outliers.
-fn mark<T: Element>(x: *const T, k: usize, outliers: Outliers, mask: &mut [u32]) {
+///
+/// # Safety
+/// `x` holds `k` elements.
+unsafe fn mark<T: Element>(x: *const T, k: usize, outliers: Outliers, mask: &mut [u32]) {
     for (word, start) in mask.iter_mut().zip((0..k).step_by(LANES)) {
         for i in start..k.min(start + LANES) {
             // SAFETY: the caller's row holds `k` elements.

@@ -52,7 +52,7 @@ pub unsafe fn multiply<S: Default>(
     let Factors { a, m, n, k, .. } = *factors;
     let kernels = Kernels::chosen();
     // Many threads share few rows by smaller blocks.
-    let most_rows = if n / ROWS >= 4 * threads { ROWS } else { ROWS / 4 };
+    let most_rows = if n / ROWS >= threads.saturating_mul(4) { ROWS } else { ROWS / 4 };
     let starts: Vec<i32> = (0..m)
         // SAFETY: the tokens have these elements.
         .map(|token| unsafe { if kernels.offset == 0 { 0 } else { -kernels.offset * sum_of(a.add(token * k), k) } })
