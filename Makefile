@@ -118,6 +118,7 @@ bench: setup ## run the benches (DEVICE=cuda for the GPU) and render benches/res
 	$(PY) benches/bench_blockwise.py --device $(DEVICE)
 	$(PY) benches/bench_host.py --device $(DEVICE)
 	$(PY) benches/bench_matmul4.py --device $(DEVICE) --vs bitsandbytes
+	$(PY) benches/bench_int8.py --device $(DEVICE) --vs bitsandbytes
 	$(PY) benches/bench_optim.py --device $(DEVICE) --vs bitsandbytes,torch
 	$(if $(filter cuda,$(DEVICE)),$(PY) benches/bench_llama.py)
 	$(PY) benches/report.py

@@ -1,13 +1,15 @@
 """A model of Llama-8B's layers with a vocabulary of 32000 and random weights: decode, prefill and QLoRA in bf16, in
-bitsandbytes' NF4 and in ours.
+bitsandbytes' NF4 and LLM.int8() and in ours.
 
     python benches/bench_llama.py --device cuda
     python benches/bench_llama.py --device cuda --only decode --layers 8
+    python benches/bench_llama.py --device cuda --weights int8
     python benches/bench_llama.py --device cpu --tiny
 
 Needs transformers and peft, and no network. Decode: milliseconds a token with a static cache, by CUDA graph and eager.
 Prefill: one prompt into an empty static cache. Train: a QLoRA step (LoRA on every linear layer, double quantization,
 gradient checkpointing, torch's fused AdamW, the loss in chunks of tokens) and its peak memory. The head stays in bf16.
+With a threshold bitsandbytes waits for the device in every layer and cannot be captured: of it, eager rows alone.
 The weights are made on the device, and each library's layers take the place of ``nn.Linear`` one by one.
 """
 
@@ -15,10 +17,11 @@ from __future__ import annotations
 
 import argparse
 import gc
+import logging
 import time
 from collections.abc import Callable, Iterator
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import peft
 import torch
@@ -35,12 +38,37 @@ PARTS = ("decode", "prefill", "train")
 PROMPT, CACHE, TOKENS = 256, 384, 32  # of decode: tokens before, room for, measured in a row
 CHUNK = 512  # tokens whose logits exist at a time in training
 DECODE_LIMITS = {1: 0.76, 8: 0.80, 32: 0.89}  # by CUDA graph, × bf16
+INT8_LIMITS = {"decode": 0.92, "prefill": 0.85}  # with threshold 6, decode by CUDA graph, × bf16
+
+
+class Kind(NamedTuple):
+    """How the linear layers hold their weights, and what is measured of it."""
+
+    weights: str
+    parts: tuple[str, ...]
+    nested: bool = False
+    threshold: float = 0.0
+
+    @property
+    def prefix(self) -> str:
+        if self.weights != "int8":
+            return ""
+        return f"int8, threshold {self.threshold:g}: " if self.threshold else "int8: "
+
+
+KINDS = (
+    Kind("nf4", ("decode", "prefill")),
+    Kind("nf4", ("train",), nested=True),
+    Kind("int8", ("decode", "prefill")),
+    Kind("int8", ("decode", "prefill"), threshold=6.0),
+)
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--only", choices=PARTS, help="one part alone; nothing is written")
+    parser.add_argument("--weights", choices=("nf4", "int8"), help="one kind of weights alone; nothing is written")
     parser.add_argument("--layers", type=int, default=32, help="with fewer than 32, nothing is judged or written")
     parser.add_argument("--tiny", action="store_true", help="a model of 2 small layers, to try the bench itself")
     parser.add_argument("--rounds", type=int, default=3)
@@ -50,7 +78,7 @@ def arguments() -> argparse.Namespace:
 ARGS = arguments()
 DEVICE = torch.device(ARGS.device)
 PEER = bitsandbytes()
-COMPLETE = not ARGS.tiny and ARGS.only is None and ARGS.layers == 32
+COMPLETE = not ARGS.tiny and ARGS.only is None and ARGS.weights is None and ARGS.layers == 32
 BATCHES = (1, 2) if ARGS.tiny else (1, 8, 32)
 PREFILL = 64 if ARGS.tiny else 2048
 TRAIN = (2, 64) if ARGS.tiny else (4, 1024)
@@ -82,7 +110,7 @@ def config() -> transformers.LlamaConfig:
     )
 
 
-def build(library: ModuleType | None, nested: bool) -> transformers.LlamaForCausalLM:
+def build(library: ModuleType | None, kind: Kind) -> transformers.LlamaForCausalLM:
     """The model, with its linear layers (but for the head) quantized by a library."""
     torch.manual_seed(0)
     default = torch.get_default_dtype()
@@ -97,11 +125,29 @@ def build(library: ModuleType | None, nested: bool) -> transformers.LlamaForCaus
         for layer in model.model.layers:
             for name, linear in list(layer.named_modules()):
                 if isinstance(linear, nn.Linear):
-                    layer.set_submodule(name, quantized(library, linear, nested))
+                    layer.set_submodule(name, quantized(library, linear, kind))
     return model.eval()
 
 
-def quantized(library: ModuleType, linear: nn.Linear, nested: bool) -> nn.Module:
+def quantized(library: ModuleType, linear: nn.Linear, kind: Kind) -> nn.Module:
+    return int8(library, linear, kind.threshold) if kind.weights == "int8" else nf4(library, linear, kind.nested)
+
+
+def int8(library: ModuleType, linear: nn.Linear, threshold: float) -> nn.Module:
+    module = library.nn.Linear8bitLt(
+        linear.in_features,
+        linear.out_features,
+        bias=False,
+        has_fp16_weights=False,
+        threshold=threshold,
+        device="meta",
+    )
+    source = linear.weight.data.cpu() if library is PEER else linear.weight.data  # the peer moves from the CPU alone
+    module.weight = library.nn.Int8Params(source, requires_grad=False).to(DEVICE)
+    return module
+
+
+def nf4(library: ModuleType, linear: nn.Linear, nested: bool) -> nn.Module:
     module = library.nn.Linear4bit(
         linear.in_features,
         linear.out_features,
@@ -137,7 +183,7 @@ def rewind(cache: transformers.StaticCache, length: int) -> None:
         layer.cumulative_length.fill_(length)
 
 
-def decode(model: transformers.LlamaForCausalLM) -> Iterator[tuple[str, float]]:
+def decode(model: transformers.LlamaForCausalLM, graph: bool = True) -> Iterator[tuple[str, float]]:
     """Milliseconds a token, by graph and eager, for each batch size."""
     for batch in BATCHES:
         cache = transformers.StaticCache(config=model.config, max_cache_len=CACHE)
@@ -149,7 +195,7 @@ def decode(model: transformers.LlamaForCausalLM) -> Iterator[tuple[str, float]]:
             logits = model(token, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
             token.copy_(logits.argmax(-1))
 
-        replay = captured(step) if DEVICE.type == "cuda" else None
+        replay = captured(step) if DEVICE.type == "cuda" and graph else None
         for name, call in (("CUDA graph", replay), ("eager", step)):
             if call is None:
                 continue
@@ -235,19 +281,24 @@ def measure(name: str, library: ModuleType | None, start: float) -> dict[str, fl
         figures[work] = value
         print(f"[{time.monotonic() - start:4.0f} s] {name}: {work}: {cell(value)}", flush=True)
 
-    for parts, nested in (({"decode", "prefill"}, False), ({"train"}, True)):
-        wanted = [part for part in PARTS if part in parts and ARGS.only in (None, part)]
-        if not wanted:
+    for kind in KINDS:
+        wanted = [part for part in PARTS if part in kind.parts and ARGS.only in (None, part)]
+        if not wanted or (library is not None and ARGS.weights not in (None, kind.weights)):
             continue
-        model = build(library, nested)
+        if library is None and kind.weights != "nf4":  # not quantized: no other figures
+            continue
+        model = build(library, kind)
         gc.collect()
         if DEVICE.type == "cuda":
             torch.cuda.empty_cache()
-            note("weights of the training, GB" if nested else "weights, GB", torch.cuda.memory_allocated() / 1e9)
+            weights = "weights of the training, GB" if kind.nested else "weights, GB"
+            note(kind.prefix + weights, torch.cuda.memory_allocated() / 1e9)
         for part in wanted:
             with torch.set_grad_enabled(part == "train"):
-                for work, value in MEASURES[part](model):
-                    note(work, value)
+                # With a threshold the peer waits for the device.
+                options = {"graph": not (library is PEER and kind.threshold)} if part == "decode" else {}
+                for work, value in MEASURES[part](model, **options):
+                    note(kind.prefix + work, value)
         del model
         gc.collect()
     return figures
@@ -258,6 +309,11 @@ def measure(name: str, library: ModuleType | None, start: float) -> dict[str, fl
 
 def aim(row: Row) -> Row:
     work = row["work"]
+    if work.startswith("int8"):
+        kind, _, work = work.partition(": ")
+        part = work.split()[0].rstrip(",")
+        judged = part in INT8_LIMITS and "threshold" in kind and "eager" not in work
+        return judge(row, "x_bf16", INT8_LIMITS[part], "× bf16") if judged else row
     if work.startswith("decode, CUDA graph"):
         return judge(row, "x_bf16", DECODE_LIMITS[int(work.split()[-1])], "× bf16")
     if work.startswith("decode"):
@@ -271,6 +327,7 @@ def aim(row: Row) -> Row:
 
 def main() -> None:
     transformers.logging.set_verbosity_error()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it says on every call that it casts
     start = time.monotonic()
     sides = {"bf16": None, "bitsandbytes": PEER, "fewbits": fewbits}
     figures = {
@@ -278,7 +335,8 @@ def main() -> None:
     }
     rows = []
     for work, value in figures["fewbits"].items():
-        dense, peer = figures["bf16"][work], figures.get("bitsandbytes", {}).get(work)
+        dense = figures["bf16"][work.rpartition(": ")[2]]
+        peer = figures.get("bitsandbytes", {}).get(work)
         row: Row = {"work": work, "value": value, "bf16": dense, "x_bf16": value / dense, "bitsandbytes": peer}
         row["times_faster"] = peer / value if peer else None
         rows.append(aim(row) if COMPLETE else row)

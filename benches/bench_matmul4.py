@@ -21,22 +21,19 @@ from functools import partial
 from types import ModuleType
 from typing import NamedTuple
 
+from shapes import counts, weight_shapes
+
 SHAPES = ((28672, 8192), (8192, 28672), (8192, 8192), (14336, 4096), (4096, 14336), (4096, 4096))
 MS = (1, 2, 4, 8, 12, 16, 32, 64, 128, 256, 512, 1024, 4096)
 CPU_SHAPES, CPU_MS = ((4096, 4096),), (1, 4, 16, 128)
-
-
-def shapes(text: str) -> tuple[tuple[int, int], ...]:
-    pairs = (item.lower().split("x") for item in text.split(","))
-    return tuple((int(n), int(k)) for n, k in pairs)
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cpu")
     parser.add_argument("--vs", choices=("bitsandbytes",), help="the peer to measure beside ours")
-    parser.add_argument("--shapes", type=shapes, help="weights NxK, separated by commas")
-    parser.add_argument("--ms", type=lambda text: tuple(map(int, text.split(","))), help="tokens, separated by commas")
+    parser.add_argument("--shapes", type=weight_shapes, help="weights NxK, separated by commas")
+    parser.add_argument("--ms", type=counts, help="tokens, separated by commas")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default 2)")
     parser.add_argument("--quick", action="store_true", help="few rounds, the main table alone; nothing is written")
     return parser.parse_args()
@@ -55,7 +52,6 @@ from common import (  # noqa: E402
     Row,
     bitsandbytes,
     cell,
-    copy_rate,
     cuda_us,
     host_us,
     judge,
@@ -64,6 +60,7 @@ from common import (  # noqa: E402
     show,
     wall_us,
 )
+from products import Rates, copies, measure_rates  # noqa: E402
 
 DEVICE = torch.device(ARGS.device)
 PEER = bitsandbytes() if ARGS.vs else None
@@ -87,22 +84,6 @@ class Work(NamedTuple):
     def label(self) -> str:
         kind = self.quant_type.upper() + (" double" if self.nested else "")
         return f"{'forward + grad' if self.backward else 'forward'} {kind} {self.n}x{self.k}"
-
-
-class Rates(NamedTuple):
-    """What this machine does in a microsecond."""
-
-    bytes: float
-    flops: float
-
-
-def measure_rates() -> Rates:
-    size = 8192 if DEVICE.type == "cuda" else 2048
-    a = torch.randn(size, size, device=DEVICE).bfloat16()
-    calls = [partial(torch.mm, a, a)]
-    (us,) = medians([lambda: cuda_us(calls, 5) if DEVICE.type == "cuda" else wall_us(calls, 3)], ROUNDS)
-    assert us is not None
-    return Rates(copy_rate(DEVICE), 2 * size**3 / us)
 
 
 def floor_us(work: Work, rates: Rates) -> float:
@@ -148,7 +129,7 @@ class Weights:
     def __init__(self, n: int, k: int, dtype: torch.dtype, quant_type: str, nested: bool) -> None:
         dense = torch.randn(n, k, device=DEVICE, dtype=dtype) / k**0.5
         kwargs = {"quant_type": quant_type, "compress_statistics": nested}
-        self.dense = copies(dense, dense.nbytes, torch.clone)
+        self.dense = copies(DEVICE, dense, dense.nbytes, torch.clone)
         self.ours = self._quantized(fewbits.functional, dense, kwargs)
         self.peer = self._quantized(PEER.functional, dense, kwargs) if PEER else []
 
@@ -160,12 +141,7 @@ class Weights:
             other.absmax = other.absmax.clone()
             return pair[0].clone(), other
 
-        return copies((codes, state), codes.nbytes + state.absmax.nbytes, duplicate)
-
-
-def copies(first: object, nbytes: int, duplicate: Callable[..., object]) -> list[object]:
-    l2 = torch.cuda.get_device_properties(DEVICE).L2_cache_size
-    return [first, *(duplicate(first) for _ in range(min(63, 3 * l2 // nbytes)))]
+        return copies(DEVICE, (codes, state), codes.nbytes + state.absmax.nbytes, duplicate)
 
 
 def bind(work: Work, product: Callable[..., torch.Tensor], weights: list[object], x: torch.Tensor) -> list[Call]:
@@ -296,7 +272,7 @@ def main() -> None:
     torch.set_num_threads(ARGS.threads)
     torch.manual_seed(0)
     start = time.monotonic()
-    rates = measure_rates()
+    rates = measure_rates(DEVICE, ROUNDS)
     rows = []
     for row in cuda_rows(rates) if DEVICE.type == "cuda" else cpu_rows(rates):
         rows.append(row)

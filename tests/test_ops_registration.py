@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import fewbits.functional as F
 from arrays import BLOCKSIZES, DTYPES, assert_same_bits
+from linear8bit_layers import OPS as INT8
 
 ops = torch.ops.fewbits
 NAMES = ["dequantize_4bit", "dequantize_4bit_nested", "dequantize_blockwise"]
@@ -70,7 +71,7 @@ def test_every_op_is_here() -> None:
     registered = {
         name.removeprefix("fewbits::") for name in torch._C._dispatch_get_all_op_names() if "fewbits::" in name
     }
-    assert registered == {*ALL, *(f"{name}.out" for name in NAMES)}
+    assert registered == {*ALL, *INT8, *(f"{name}.out" for name in NAMES)}
     for name in registered:
         for key in ("CPU", "CUDA", "Meta"):
             assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fewbits::{name}", key), (name, key)

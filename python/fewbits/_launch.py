@@ -107,6 +107,10 @@ def deliver(result: torch.Tensor, buffer: torch.Tensor | None) -> torch.Tensor:
     return buffer
 
 
+def share_memory(tensor: torch.Tensor, other: torch.Tensor | None) -> bool:
+    return other is not None and tensor.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+
+
 def target_queue(device: torch.device) -> tuple[int, int]:
     """Return a device as native code names it, and where its work goes: a CUDA stream, or a number of threads."""
     if device.type == "cuda":

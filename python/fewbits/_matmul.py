@@ -17,8 +17,8 @@ import torch
 
 from fewbits import _native
 from fewbits._checks import DTYPES, check_buffer, check_matmul_4bit
-from fewbits._launch import deliver, dense, target, target_queue
-from fewbits._panel import Bound, bind, panels
+from fewbits._launch import deliver, dense, share_memory, target, target_queue
+from fewbits._panel import bind, multiply_panels, multiply_panels_transposed
 
 _FEW_ROWS = 64  # for which no kernel wants a workspace, not worth the question
 
@@ -44,7 +44,7 @@ def matmul_4bit(
     size = (*A.shape[:-1], n)
     if out is not None:
         check_buffer("out", out, A.dtype, prod(size), f"shape {size}", A)
-    aliased = out is not None and any(_share_memory(out, other) for other in (A, bias))
+    aliased = out is not None and any(share_memory(out, other) for other in (A, bias))
     result = target(None if aliased else out, size, A.dtype, A.device)
     if not result.numel():
         return deliver(result, out)
@@ -62,19 +62,8 @@ def matmul_4bit(
         pointers = (*weight.native, bias_address, result.data_ptr(), scratch_address, ordinal, queue)
         if _native.matmul_4bit(x.data_ptr(), x.shape[0], number, *pointers):
             return deliver(result, out)
-    multiply_panels(x, weight, added, result.view(-1, n))
+    multiply_panels(weight, x, added, result.view(-1, n))
     return deliver(result, out)
-
-
-def multiply_panels(x: torch.Tensor, weight: Bound, bias: torch.Tensor | None, y: torch.Tensor) -> None:
-    """Write ``x @ W.T + bias`` to `y`, both (M, ...) and dense, by panels of rows of `W`."""
-    n = weight.shape[0]
-    for first, count, panel in panels(weight, 0, x.dtype, x.device):
-        columns = y if count == n else y.narrow(1, first, count)
-        if bias is None:
-            torch.mm(x, panel.t(), out=columns)
-        else:
-            torch.addmm(bias if count == n else bias.narrow(0, first, count), x, panel.t(), out=columns)
 
 
 def workspace(x: torch.Tensor, m: int, n: int, k: int, ordinal: int) -> torch.Tensor | None:
@@ -106,12 +95,5 @@ def matmul_4bit_grad(
         return result
     if not n:
         return result.zero_()
-    weight, g = bind(*parts), dense(grad_output).view(-1, n)
-    y = result.view(-1, k)
-    for first, count, panel in panels(weight, 1, dtype, device):
-        torch.mm(g, panel, out=y.narrow(1, first, count))
+    multiply_panels_transposed(bind(*parts), dense(grad_output).view(-1, n), result.view(-1, k))
     return result
-
-
-def _share_memory(tensor: torch.Tensor, other: torch.Tensor | None) -> bool:
-    return other is not None and tensor.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()

@@ -1,9 +1,9 @@
-"""Parts of a 4-bit weight, dequantized: panels for a product, rows for an embedding."""
+"""Parts of a quantized weight, dequantized: panels for a product, rows for an embedding."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -17,15 +17,16 @@ PANEL_BYTES = {"cuda": 64 << 20, "cpu": 4 << 20}
 # A panel's size is a multiple of this where it can be: matrix kernels work in such tiles, and vectors stay aligned.
 _TILE = 64
 
-_Native = tuple[int, int, int, int, int, int, int, int, int, int]
+_Native4bit = tuple[int, int, int, int, int, int, int, int, int, int]
 
 
 class Bound(NamedTuple):
     """A weight as native calls take it."""
 
-    native: _Native  # codes, n, k, blocksize, quant_type, absmax and its nested parts
+    native: Any  # arguments; of 4 bits: codes, n, k, blocksize, quant_type, absmax and its nested parts
     shape: tuple[int, int]
     alive: tuple[torch.Tensor | None, ...]  # whose addresses these are
+    kernel: str = "dequantize_4bit_panel"
 
 
 def bind(
@@ -75,14 +76,32 @@ def panels(
     n, k = weight.shape
     step = panel_size(weight.shape, dim, dtype, device)
     written = dtype if dtype in DTYPES else torch.float32
+    dequantize = getattr(_native, weight.kernel)
     memory = torch.empty(step * weight.shape[1 - dim], dtype=written, device=device)
     for first in range(0, weight.shape[dim], step):
         count = min(step, weight.shape[dim] - first)
         rows, columns = (count, k) if dim == 0 else (n, count)
         place = (first, rows, 0, k) if dim == 0 else (0, n, first, columns)
-        _native.dequantize_4bit_panel(*weight.native, *place, memory.data_ptr(), DTYPES[written], *target_queue(device))
+        dequantize(*weight.native, *place, memory.data_ptr(), DTYPES[written], *target_queue(device))
         panel = (memory if count == step else memory[: rows * columns]).view(rows, columns)
         yield first, count, panel if written is dtype else panel.to(dtype)
+
+
+def multiply_panels(weight: Bound, x: torch.Tensor, bias: torch.Tensor | None, y: torch.Tensor) -> None:
+    """Write ``x @ W.T + bias`` to `y`, panel after panel of rows of `W`, each into its columns."""
+    n = weight.shape[0]
+    for first, count, panel in panels(weight, 0, x.dtype, x.device):
+        columns = y if count == n else y.narrow(1, first, count)
+        if bias is None:
+            torch.mm(x, panel.t(), out=columns)
+        else:
+            torch.addmm(bias if count == n else bias.narrow(0, first, count), x, panel.t(), out=columns)
+
+
+def multiply_panels_transposed(weight: Bound, g: torch.Tensor, y: torch.Tensor) -> None:
+    """Write ``g @ W`` to `y`, panel after panel of columns of `W`: no sum is rounded between two panels."""
+    for first, count, panel in panels(weight, 1, g.dtype, g.device):
+        torch.mm(g, panel, out=y.narrow(1, first, count))
 
 
 def dequantize_4bit_rows(
@@ -109,6 +128,7 @@ def dequantize_4bit_rows(
     values = torch.empty((*indices.shape, k), dtype=dtype, device=indices.device)
     if indices.numel():
         weight, rows = bind(*parts), dense(indices)
+        native: _Native4bit = weight.native
         where = (rows.data_ptr(), rows.dtype == torch.int64, rows.numel(), values.data_ptr())
-        _native.dequantize_4bit_rows(*weight.native, *where, DTYPES[dtype], *target_queue(indices.device))
+        _native.dequantize_4bit_rows(*native, *where, DTYPES[dtype], *target_queue(indices.device))
     return values

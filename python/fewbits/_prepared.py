@@ -18,8 +18,8 @@ from fewbits import _native
 from fewbits._checks import BLOCKSIZES, DTYPES, QUANT_TYPES, storage_count
 from fewbits._direct import fits, nested_addresses, target_of
 from fewbits._launch import PLAIN_TYPES, is_observed
-from fewbits._matmul import multiply_panels, workspace
-from fewbits._panel import Bound
+from fewbits._matmul import workspace
+from fewbits._panel import Bound, multiply_panels
 from fewbits.quant_state import QuantState
 
 _Tensor, _float32 = torch.Tensor, torch.float32
@@ -187,7 +187,7 @@ def multiply(
     scratch = workspace(A, m, n, k, ordinal)
     address = 0 if scratch is None else scratch.data_ptr()
     if not prepared.matmul(A.data_ptr(), m, number, bias_address, y.data_ptr(), address, ordinal, queue):
-        multiply_panels(A.view(m, k), prepared.bound, bias, y.view(m, n))
+        multiply_panels(prepared.bound, A.view(m, k), bias, y.view(m, n))
     return y
 
 

@@ -7,11 +7,12 @@ import warnings
 import torch
 
 from fewbits import _checks, _launch, _matmul, _prepared
+from fewbits._int8_matmul import MatmulLtState, matmul
 from fewbits._product import product
 from fewbits._states import check_state, weight_parts, weight_tensors
 from fewbits.quant_state import QuantState
 
-__all__ = ["matmul_4bit"]
+__all__ = ["MatmulLtState", "matmul", "matmul_4bit"]
 
 
 def matmul_4bit(

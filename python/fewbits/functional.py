@@ -6,6 +6,8 @@ or two 4-bit codes a byte with the first in the high nibble. Dequantizing multip
 float32, rounded once to the output dtype. NaN counts as 0 and infinity as the largest float32. CPU and CUDA give the
 same bytes.
 
+The ``int8_`` functions, of LLM.int8(), have one scale a row instead; see `int8_vectorwise_quant`.
+
 Codes are integers, so nothing here has a gradient. Any shape, stride and number of elements is taken. Every argument is
 checked before anything is written.
 """
@@ -17,6 +19,15 @@ from typing import Any
 import torch
 
 from fewbits import _checks, _direct
+from fewbits._int8_functional import (
+    int8_double_quant,
+    int8_linear_matmul,
+    int8_mixed_scaled_mm,
+    int8_mm_dequant,
+    int8_scaled_mm,
+    int8_vectorwise_dequant,
+    int8_vectorwise_quant,
+)
 from fewbits._states import backend, check_state, dequantize_as, nested_parts
 from fewbits.autograd import matmul_4bit
 from fewbits.codebook import (
@@ -42,6 +53,13 @@ __all__ = [
     "dequantize_nf4",
     "gemv_4bit",
     "get_4bit_type",
+    "int8_double_quant",
+    "int8_linear_matmul",
+    "int8_mixed_scaled_mm",
+    "int8_mm_dequant",
+    "int8_scaled_mm",
+    "int8_vectorwise_dequant",
+    "int8_vectorwise_quant",
     "pack_dict_to_tensor",
     "quantize_4bit",
     "quantize_blockwise",

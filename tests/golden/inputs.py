@@ -50,6 +50,17 @@ LINEARS = [
     LinearCase("fp4", F32, nested=False, storage=torch.uint8, bias=False),
 ]
 
+# Linear8bitLt: threshold and bias.
+LINEARS_8BIT = [(0.0, True), (6.0, True), (6.0, False)]
+
+
+def activations_8bit() -> torch.Tensor:
+    """Rows with outliers: two in one column, one in another, and a row of zeros."""
+    x = ordinary((6, 64), torch.float16)
+    x[1, 5], x[3, 5], x[4, 40] = 9.5, -60.0, 6.0
+    x[2] = 0
+    return x
+
 
 # Optimizers whose checkpoints are kept, with their arguments. Shapes: 8-bit states with a ragged last block, and one
 # that is too small for 8 bits.
@@ -88,6 +99,10 @@ def case_name(case: Case) -> str:
 def linear_name(case: LinearCase) -> str:
     nested = "-nested" if case.nested else ""
     return f"linear-{case.quant_type}-{_short(case.dtype)}{nested}-{_short(case.storage)}"
+
+
+def linear_8bit_name(threshold: float, bias: bool) -> str:
+    return f"linear8bit-{threshold:g}{'-bias' if bias else ''}"
 
 
 def ordinary(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

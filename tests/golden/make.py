@@ -16,17 +16,20 @@ from pathlib import Path
 import bitsandbytes
 import bitsandbytes.functional as bnb
 import torch
-from bitsandbytes.nn import Linear4bit
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from inputs import (
     CASES_4BIT,
     CASES_8BIT,
     LINEARS,
+    LINEARS_8BIT,
     OPTIMIZER_SHAPES,
     OPTIMIZER_STEPS,
     OPTIMIZERS,
+    activations_8bit,
     all_bytes,
     case_name,
     gradient,
+    linear_8bit_name,
     linear_name,
     ordinary,
 )
@@ -113,6 +116,27 @@ def linears() -> None:
         save(linear_name(case), state)
 
 
+def linears_8bit() -> None:
+    """state_dict of Linear8bitLt, the weight read back from it, and its output; and what row-wise quantization gives.
+
+    Weights and activations are float16 numbers, because bitsandbytes casts to that first. In training its CPU path
+    multiplies in floating point: the output is that of evaluation.
+    """
+    for threshold, bias in LINEARS_8BIT:
+        layer = Linear8bitLt(64, 48, bias=bias, has_fp16_weights=False, threshold=threshold)
+        layer.weight.data.copy_((ordinary((48, 64), torch.float32) * 0.02).half())
+        if bias:
+            layer.bias.data.copy_(ordinary((48,), torch.float16))
+        layer = layer.to("cpu")
+        state = {f"layer.{k}": v.clone() for k, v in layer.state_dict().items()}
+        state["dequantized"] = bnb.int8_vectorwise_dequant(layer.weight.data, layer.weight.SCB)
+        with torch.no_grad():
+            state["output"] = layer.eval()(activations_8bit())
+        codes, row_stats, columns = bnb.int8_vectorwise_quant(activations_8bit(), threshold)
+        state |= {"codes": codes, "row_stats": row_stats} | ({} if columns is None else {"columns": columns})
+        save(linear_8bit_name(threshold, bias), state)
+
+
 def optimizers() -> None:
     """state_dict of each optimizer after some steps, the parameters then, and after one step more."""
     for name, kwargs in OPTIMIZERS.items():
@@ -141,5 +165,6 @@ if __name__ == "__main__":
     decode_4bit()
     blockwise_8bit()
     linears()
+    linears_8bit()
     optimizers()
     print(sum(f.stat().st_size for f in HERE.glob("*.safetensors")), "bytes")

@@ -13,6 +13,7 @@ import torch
 from fewbits import _checks, _launch
 from fewbits._prepared import Prepared
 from fewbits.functional import quantize_4bit
+from fewbits.nn.parameter import QuantizedParameter, attributes, blank
 from fewbits.quant_state import QuantState
 
 __all__ = ["Params4bit"]
@@ -35,7 +36,7 @@ def _of_state(path: str) -> Any:
     return property(get, doc=f"``quant_state.{path}``.")
 
 
-class Params4bit(torch.nn.Parameter):
+class Params4bit(QuantizedParameter):
     """A parameter held in 4 bits.
 
     It is born with floating-point data and quantizes on the first ``.to(device)``, ``.cuda()`` or ``.cpu()``; the
@@ -84,7 +85,7 @@ class Params4bit(torch.nn.Parameter):
     quant_storage: torch.dtype
     bnb_quantized: bool
     module: torch.nn.Module | None
-    prepared: Prepared | None = None  # what a product needs of this memory and this state; see `fewbits._prepared`
+    prepared: Prepared | None
 
     def __new__(  # noqa: D102
         cls,
@@ -175,22 +176,6 @@ class Params4bit(torch.nn.Parameter):
     nested_dtype = _of_state("state2.dtype")
     nested_offset = _of_state("offset")
 
-    @property
-    def data(self) -> torch.Tensor:
-        """The values or packed codes, as a plain tensor. See the notes of the class about assigning to it."""
-        return super().data
-
-    @data.setter
-    def data(self, value: torch.Tensor) -> None:
-        self.__dict__.pop("prepared", None)
-        if isinstance(value, Params4bit):
-            if self.requires_grad and not value.is_floating_point():
-                self.requires_grad_(False)
-            torch.Tensor.data.__set__(self, value.data)  # type: ignore[attr-defined]
-            self.__dict__.update(_attributes(value))
-        else:
-            torch.Tensor.data.__set__(self, value)  # type: ignore[attr-defined]
-
     # ---- moving and casting ----------------------------------------------------------------------------------------
 
     def to(self, *args: Any, **kwargs: Any) -> Params4bit:
@@ -234,70 +219,22 @@ class Params4bit(torch.nn.Parameter):
             self.module.quant_state = state  # type: ignore[assignment]
         return self._like(codes, quant_state=state, bnb_quantized=True)
 
-    def _like(self, data: torch.Tensor, **changes: Any) -> Params4bit:
-        requires_grad = self.requires_grad and data.is_floating_point()
-        return type(self)(data, requires_grad, **{**self.__dict__, **changes})
-
-    def cuda(self, device: torch.device | str | int | None = None, non_blocking: bool = False) -> Params4bit:  # type: ignore[override]
-        """Call ``.to`` with a CUDA device, the current one by default."""
-        return self.to("cuda" if device is None else device, non_blocking=non_blocking)
-
-    def cpu(self) -> Params4bit:  # type: ignore[override]
-        """Call ``.to("cpu")``. That quantizes, like a move to any other device."""
-        return self.to("cpu")
-
-    def xpu(self, device: torch.device | str | int | None = None, non_blocking: bool = False) -> Params4bit:  # type: ignore[override]
-        """Call ``.to`` with an XPU device, for which there are no kernels yet."""
-        return self.to("xpu" if device is None else device, non_blocking=non_blocking)
-
-    def half(self) -> Params4bit:
-        """Call ``.to(torch.float16)``."""
-        return self.to(torch.float16)
-
-    def bfloat16(self) -> Params4bit:
-        """Call ``.to(torch.bfloat16)``."""
-        return self.to(torch.bfloat16)
-
-    def float(self) -> Params4bit:
-        """Call ``.to(torch.float32)``."""
-        return self.to(torch.float32)
-
-    def double(self) -> Params4bit:
-        """Call ``.to(torch.float64)``."""
-        return self.to(torch.float64)
-
-    def type(self, dtype: Any = None, non_blocking: bool = False) -> Any:
-        """Cast as ``Tensor.type``, but never packed codes."""
-        if dtype is None:
-            return super().type()
-        return self if self.bnb_quantized else self._like(self.data.type(dtype, non_blocking))
+    def _is_quantized(self) -> bool:
+        return self.bnb_quantized
 
     # ---- copying ---------------------------------------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
         # Without the module: whoever pickles or copies a lone parameter does not want the model with it.
-        return {**_attributes(self), "module": None, "data": self.data, "requires_grad": self.requires_grad}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        attributes = dict(state)
-        torch.Tensor.data.__set__(self, attributes.pop("data"))  # type: ignore[attr-defined]
-        self.requires_grad = attributes.pop("requires_grad")
-        self.__dict__.update(attributes)
-
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        # Parameter's own way back gives a plain Parameter.
-        return _blank, (type(self),), self.__getstate__()
-
-    def __copy__(self) -> Params4bit:
-        return type(self)(self.data, self.requires_grad, **self.__dict__)
+        return {**super().__getstate__(), "module": None}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Params4bit:
         if id(self) in memo:
             done: Params4bit = memo[id(self)]
             return done
         # The copy of a module knows its weight; the copy of a lone weight knows no module.
-        attributes = {**copy.deepcopy(_attributes(self), memo), "module": memo.get(id(self.module))}
-        duplicate = type(self)(self.data.clone(memory_format=torch.preserve_format), self.requires_grad, **attributes)
+        others = {**copy.deepcopy(attributes(self), memo), "module": memo.get(id(self.module))}
+        duplicate = type(self)(self.data.clone(memory_format=torch.preserve_format), self.requires_grad, **others)
         memo[id(self)] = duplicate
         return duplicate
 
@@ -306,27 +243,11 @@ class Params4bit(torch.nn.Parameter):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = {} if kwargs is None else kwargs
-        if func in _REPOINTING and isinstance(args[0], cls):
-            args[0].__dict__.pop("prepared", None)
-        with torch._C.DisableTorchFunctionSubclass():
-            result = func(*args, **kwargs)
+        result = super().__torch_function__(func, types, args, kwargs)
         if func is torch.chunk or func is torch.split:  # FSDP2 shards with these, and needs to know what it holds
             source = args[0] if args else next(value for value in kwargs.values() if isinstance(value, cls))
             return tuple(type(source)(piece, source.requires_grad, **source.__dict__) for piece in result)
         return result
-
-
-# What gives a tensor other memory without a new storage address.
-_REPOINTING = {torch.Tensor.data.__set__, torch.Tensor.set_, torch.Tensor.resize_}  # type: ignore[attr-defined]
-
-
-def _attributes(parameter: Params4bit) -> dict[str, Any]:
-    """Return what a copy of a parameter takes over."""
-    return {key: value for key, value in parameter.__dict__.items() if key not in ("module", "prepared")}
-
-
-def _blank(cls: type[Params4bit]) -> Params4bit:
-    return cls()
 
 
 def keywords(state: QuantState, quant_storage: torch.dtype) -> dict[str, Any]:
@@ -378,4 +299,4 @@ def to_storage(packed: torch.Tensor, state: QuantState, quant_storage: torch.dty
 
 
 _launch.PLAIN_TYPES.add(Params4bit)
-torch.serialization.add_safe_globals([Params4bit, QuantState, _blank])
+torch.serialization.add_safe_globals([Params4bit, QuantState, blank])

@@ -1,0 +1,134 @@
+"""What modules with a quantized weight have in common: moving without losing it, and loading it from state dicts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class QuantizedModule(nn.Module):
+    """A module whose parameter ``weight`` has a class of its own, which quantizes it on its first move.
+
+    Comes before torch's class among the bases.
+    """
+
+    _parameter_class: ClassVar[type[Any]]
+    _with_state: ClassVar[str]  # what a quantized weight in a state dict is, and what it needs beside it
+
+    def _weight_shape(self) -> torch.Size:
+        """Return the shape of the weight, (N, K)."""
+        raise NotImplementedError
+
+    def _adopt(self, weight: Any) -> None:
+        """Take over what the module keeps of a weight that was moved or loaded."""
+        raise NotImplementedError
+
+    def _follow(self, weight: torch.Tensor) -> None:
+        """Move what the module keeps to where a weight is that is a plain tensor."""
+        raise NotImplementedError
+
+    # ---- moving ----------------------------------------------------------------------------------------------------
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        """Apply `fn` to weight and bias. nn.Module's own way would lose the class of the weight on a move to meta."""
+        weight, cls = self._parameters["weight"], self._parameter_class
+        if not isinstance(weight, cls):
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+            moved = self._parameters["weight"]
+            if moved is not None and not moved.is_meta:
+                self._follow(moved)
+            return self
+        with torch.no_grad():
+            applied = fn(weight)
+            if not isinstance(applied, cls):
+                applied = cls(applied, weight.requires_grad and applied.is_floating_point(), **weight.__dict__)
+            grad = None if weight.grad is None or applied._is_quantized() else fn(weight.grad)
+        self._parameters["weight"] = None
+        try:
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        finally:
+            self._parameters["weight"] = weight
+        if applied is not weight:
+            weight.grad = None
+            self._replace_weight(applied, keep_identity=applied.is_meta == weight.is_meta)
+            self._parameters["weight"].grad = grad  # type: ignore[union-attr]
+        self._adopt(applied)
+        return self
+
+    def _replace_weight(self, weight: Any, keep_identity: bool) -> None:
+        if keep_identity:
+            self._parameters["weight"].data = weight  # type: ignore[union-attr]
+        else:
+            self._parameters["weight"] = weight
+
+    # ---- state dicts -----------------------------------------------------------------------------------------------
+
+    def _statistics(self, state_dict: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+        """Return the entries of a state dict that say how to read its weight."""
+        raise NotImplementedError
+
+    def _read_weight(self, weight: Any, entry: torch.Tensor, stats: Mapping[str, Any], assign: bool) -> Any:
+        """Return the quantized weight that a state dict holds, for this module's device, without touching anything."""
+        raise NotImplementedError
+
+    def _read_values(self, weight: Any, entry: torch.Tensor, device: torch.device, assign: bool) -> Any:
+        """Return the floating-point weight that a state dict holds, quantized where the present one is."""
+        raise NotImplementedError
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        weight, name = self._parameters["weight"], f"{prefix}weight"
+        load = super()._load_from_state_dict
+        stats = self._statistics(state_dict, prefix)
+        if not isinstance(weight, self._parameter_class) or (name not in state_dict and not stats):
+            load(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+            return
+        rest = {key: value for key, value in state_dict.items() if key not in stats}
+        assign = bool(local_metadata.get("assign_to_params_buffers", False))
+        try:
+            loaded = self._read(weight, rest.pop(name, None), stats, assign)
+        except (TypeError, ValueError) as error:
+            error_msgs.append(f"While loading {name}: {error}")
+            return
+        own_bias, bias = self._parameters.get("bias"), rest.get(f"{prefix}bias")
+        if own_bias is not None and own_bias.is_meta and isinstance(bias, torch.Tensor) and not assign:
+            # There is nothing to copy into: a copy takes its place.
+            rest[f"{prefix}bias"] = bias.detach().clone()
+            local_metadata = {**local_metadata, "assign_to_params_buffers": True}
+        self._parameters["weight"] = None
+        try:
+            load(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        finally:
+            self._parameters["weight"] = weight
+        self._replace_weight(loaded, keep_identity=not assign and not weight.is_meta)
+        self._adopt(loaded)
+
+    def _read(self, weight: Any, entry: torch.Tensor | None, stats: Mapping[str, Any], assign: bool) -> Any:
+        if not isinstance(entry, torch.Tensor):
+            raise ValueError(f"weight: expected a tensor, got {type(entry).__name__}")
+        if stats:
+            return self._read_weight(weight, entry, stats, assign)
+        shape = self._weight_shape()
+        if entry.shape != shape:
+            raise ValueError(
+                f"weight: expected shape {tuple(shape)}, or {self._with_state}, got shape {tuple(entry.shape)} alone"
+            )
+        return self._read_values(weight, entry, self._load_device(weight, entry, assign), assign)
+
+    @staticmethod
+    def _load_device(weight: Any, entry: torch.Tensor, assign: bool) -> torch.device:
+        return entry.device if assign or weight.is_meta else torch.device(weight.device)

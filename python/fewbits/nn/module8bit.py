@@ -1,0 +1,84 @@
+"""What modules with an int8 weight have in common: saving and loading."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from fewbits.nn.base import QuantizedModule
+from fewbits.nn.int8_params import Int8Params
+
+# The only layout there is: codes row by row. Checkpoints name it by this number, or by its name.
+_ROW = 0
+
+
+class Module8bit(QuantizedModule):
+    """A module whose parameter ``weight`` is a matrix in int8 with one scale a row.
+
+    The state dict holds the codes as ``weight`` and, beside it, ``SCB`` and ``weight_format``.
+    """
+
+    _parameter_class = Int8Params
+    _with_state = "torch.int8 codes of that shape with SCB beside them"
+
+    weight: Int8Params
+
+    def _scales(self) -> torch.Tensor | None:
+        """Return the scales of a quantized weight."""
+        raise NotImplementedError
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        SCB = self._scales()
+        if SCB is not None:
+            destination[f"{prefix}SCB"] = SCB if keep_vars else SCB.detach()
+            destination[f"{prefix}weight_format"] = torch.tensor(_ROW, dtype=torch.uint8)
+
+    def _statistics(self, state_dict: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+        names = (f"{prefix}SCB", f"{prefix}weight_format")
+        return {name: state_dict[name] for name in names if name in state_dict}
+
+    def _read_weight(
+        self, weight: Int8Params, entry: torch.Tensor, stats: Mapping[str, Any], assign: bool
+    ) -> Int8Params:
+        shape, device = self._weight_shape(), self._load_device(weight, entry, assign)
+        stats = {name.rpartition(".")[2]: value for name, value in stats.items()}
+        if weight.has_fp16_weights:
+            raise ValueError(
+                "weight: expected floating-point values for a module with has_fp16_weights=True, got a quantized weight"
+            )
+        if entry.shape != shape or entry.dtype != torch.int8:
+            raise ValueError(
+                f"weight: expected torch.int8 of shape {tuple(shape)} beside SCB, "
+                f"got {entry.dtype} of shape {tuple(entry.shape)}"
+            )
+        SCB = stats.get("SCB")
+        if not isinstance(SCB, torch.Tensor) or not SCB.is_floating_point() or SCB.numel() != shape[0]:
+            got = f"{SCB.numel()} of {SCB.dtype}" if isinstance(SCB, torch.Tensor) else type(SCB).__name__
+            raise ValueError(f"SCB: expected {shape[0]} floating-point values, one a row, got {got}")
+        _check_format(stats.get("weight_format", _ROW))
+        codes, scales = entry.detach(), SCB.detach().view(-1)
+        if not assign:
+            codes, scales = codes.to(device, copy=True), scales.to(device, torch.float32, copy=True)
+        return Int8Params(codes, requires_grad=False, CB=codes, SCB=scales.to(device, torch.float32))
+
+    def _read_values(self, weight: Int8Params, entry: torch.Tensor, device: torch.device, assign: bool) -> Int8Params:
+        values = entry.detach()
+        if not values.is_floating_point():
+            raise ValueError(f"SCB: expected it in the state dict beside a weight of {values.dtype}, got none")
+        if weight._is_quantized():
+            return Int8Params(values, requires_grad=False).to(device)
+        if not assign:
+            dtype = values.dtype if weight.is_meta else weight.dtype
+            values = values.to(device, dtype, copy=True)
+        return Int8Params(values, weight.requires_grad, has_fp16_weights=weight.has_fp16_weights)
+
+
+def _check_format(value: Any) -> None:
+    """Raise unless a checkpoint's codes are row by row. The layouts of older GPUs are not read."""
+    if isinstance(value, torch.Tensor) and value.numel() == 1:
+        value = int(value)
+    if value not in (_ROW, "row"):
+        raise ValueError(f"weight_format: expected {_ROW} (row), got {value!r}")
