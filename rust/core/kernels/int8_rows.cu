@@ -29,19 +29,19 @@ struct Marks {
         if (threadIdx.x < FLAGS) store_release(ready + threadIdx.x * FLAG_STRIDE, token);
     }
 
-    // Waits until the mask has been cleared. The first block never waits for another.
+    // Waits until the mask has been cleared, for those that have something to mark: it empties the multiprocessor's L1 cache. The
+    // first block never waits for another.
     __device__ __forceinline__ void wait() const {
         if (!ready) return;
         while (load_acquire(ready + blockIdx.x % FLAGS * FLAG_STRIDE) != token) {}
     }
 
-    // The word that has a column.
-    __device__ __forceinline__ unsigned read(i64 column) const { return mask ? load_l2(mask + column / 32) : 0xffffffffu; }
-
-    // Sets `bits` of that word, from the column on, unless the word, as read before, has them.
-    __device__ __forceinline__ void set(i64 column, unsigned bits, unsigned before) const {
+    // Sets `bits`, from a column on, within a word, unless it has them.
+    __device__ __forceinline__ void set(i64 column, unsigned bits) const {
+        if (!mask) return;
+        unsigned* const word = mask + column / 32;
         bits <<= column % 32;
-        if ((before & bits) != bits) atomicOr(mask + column / 32, bits);
+        if ((load_l2(word) & bits) != bits) atomicOr(word, bits);
     }
 };
 
@@ -76,14 +76,13 @@ __device__ __forceinline__ void quantize_row(const Rows& p, i64 row, unsigned* s
         const int at = i * LANES + lane;
         v[i] = at < count ? load_once(from + at) : make_uint4(0, 0, 0, 0);
     }
-    p.marks.wait();
-    unsigned largest = 0, found[VECTORS / 4] = {}, before[VECTORS];  // outliers, a byte a vector; the mask, read long before it is used
+    unsigned largest = 0, found[VECTORS / 4] = {};  // outliers, a byte a vector
 #pragma unroll
     for (int i = 0; i < VECTORS; i++) {
         const int at = i * LANES + lane;
         unsigned outliers = 0;
         if (at < count) largest = max(largest, take_outliers<E>(v[i], threshold, outliers));
-        if (outliers) found[i / 4] |= outliers << (i % 4 * 8), before[i] = p.marks.read((i64)at * N);
+        found[i / 4] |= outliers << (i % 4 * 8);
     }
     largest = LANES == WARP ? warp_max(largest) : block_max(largest, shared);
     const RowCode code(largest);
@@ -93,10 +92,15 @@ __device__ __forceinline__ void quantize_row(const Rows& p, i64 row, unsigned* s
         if (at < count) write_codes<E>(to + (i64)at * N, v[i], code);
     }
     if (lane == 0) p.row_scale[row] = __uint_as_float(largest);
+    unsigned any = 0;
+#pragma unroll
+    for (int i = 0; i < VECTORS / 4; i++) any |= found[i];
+    if (!any) return;
+    p.marks.wait();
 #pragma unroll
     for (int i = 0; i < VECTORS; i++) {
         const unsigned outliers = found[i / 4] >> (i % 4 * 8) & 0xff;
-        if (outliers) p.marks.set((i64)(i * LANES + lane) * N, outliers, before[i]);
+        if (outliers) p.marks.set((i64)(i * LANES + lane) * N, outliers);
     }
 }
 
@@ -109,7 +113,6 @@ __device__ __forceinline__ void quantize_long_row(const Rows& p, i64 row, unsign
     const uint4* const from = reinterpret_cast<const uint4*>((const typename E::storage*)p.x + row * p.k);
     i8* const to = p.codes + row * p.k;
     unsigned largest = 0;
-    p.marks.wait();
     for (i64 first = threadIdx.x; first < count; first += THREADS * UNROLL) {
         uint4 v[UNROLL];
 #pragma unroll
@@ -119,7 +122,7 @@ __device__ __forceinline__ void quantize_long_row(const Rows& p, i64 row, unsign
             unsigned outliers = 0;
             largest = max(largest, take_outliers<E>(v[i], threshold, outliers));
             const i64 column = (first + i * THREADS) * N;
-            if (outliers) p.marks.set(column, outliers, p.marks.read(column));
+            if (outliers) p.marks.wait(), p.marks.set(column, outliers);
         }
     }
     largest = block_max(largest, shared);
@@ -140,11 +143,10 @@ __device__ __forceinline__ void quantize_odd_row(const Rows& p, i64 row, unsigne
     const typename E::storage* const from = (const typename E::storage*)p.x + row * p.k;
     i8* const to = p.codes + row * p.k;
     unsigned largest = 0;
-    p.marks.wait();
     for (i64 at = threadIdx.x; at < p.k; at += THREADS) {
         const unsigned bits = magnitude(E::widen(from[at]));
         if (threshold.is_outlier(bits))
-            p.marks.set(at, 1, p.marks.read(at));
+            p.marks.wait(), p.marks.set(at, 1);
         else
             largest = max(largest, bits);
     }

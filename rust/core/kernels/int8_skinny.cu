@@ -85,51 +85,61 @@ struct Skinny {
         return (column / BOX * rows + token) * BOX + (((column / 16 % 8) ^ token) << 4);
     }
 
-    // Calls for each vector of this warp's row of x, four loads under way at a time. Warps take a row, or share one.
-    template <class Each>
-    static __device__ __forceinline__ void for_vectors(const Operands& o, int last, Each each) {
-        constexpr int N = E::PER_VECTOR, UNROLL = 4;
-        const int warp = threadIdx.x / WARP, rows = kept(o), token = warp & (rows - 1), parts = WARPS / rows;
-        const int vectors = (int)o.k / N;
-        if (token >= o.m) return;
-        const uint4* const from = reinterpret_cast<const uint4*>((const storage*)o.x + token * o.k);
-        for (int first = warp / rows * WARP + threadIdx.x % WARP; first < last; first += parts * WARP * UNROLL) {
-            uint4 v[UNROLL];
+    // What a warp quantizes of x: a row, or a share of one. Vectors are whole: k is a multiple of 16.
+    struct Share {
+        const uint4* from;
+        int rows, token, first, step, vectors, padded;  // lanes take vectors first, first + step ...; past the last they are 0
+
+        __device__ __forceinline__ explicit Share(const Operands& o) : rows(kept(o)) {
+            const int warp = threadIdx.x / WARP;
+            token = warp & (rows - 1), first = warp / rows * WARP + threadIdx.x % WARP, step = WARPS / rows * WARP;
+            from = reinterpret_cast<const uint4*>((const storage*)o.x + token * o.k);
+            vectors = token < o.m ? (int)o.k / E::PER_VECTOR : 0, padded = token < o.m ? Skinny::padded(o) / E::PER_VECTOR : 0;
+        }
+
+        template <int COUNT>
+        __device__ __forceinline__ void load(uint4 (&v)[COUNT], int turn) const {
 #pragma unroll
-            for (int i = 0; i < UNROLL; i++) {
-                const int at = first + i * parts * WARP;
+            for (int i = 0; i < COUNT; i++) {
+                const int at = first + (turn * COUNT + i) * step;
                 v[i] = at < vectors ? from[at] : make_uint4(0, 0, 0, 0);
             }
-#pragma unroll
-            for (int i = 0; i < UNROLL; i++)
-                if (first + i * parts * WARP < last) each(token, first + i * parts * WARP, v[i]);
         }
-    }
+    };
 
-    // Quantizes the rows of x. Vectors are whole: k is a multiple of 16.
-    static __device__ __forceinline__ void quantize(const Problem& p, unsigned char* tokens, Known& known, unsigned* mask) {
+    // Quantizes the rows of x, COUNT vectors of a lane at a time; where these are all it has, they are read once.
+    template <int COUNT>
+    static __device__ __forceinline__ void quantize(const Problem& p, const Share& share, unsigned char* tokens, Known& known, unsigned* mask) {
         constexpr int N = E::PER_VECTOR;
-        const Operands& o = p.o;
         const Threshold threshold(p.threshold);
-        const int rows = kept(o);
-        if (threadIdx.x < TOKENS) known.absmax[threadIdx.x] = 0;
-        for (int i = threadIdx.x; i < ((int)o.k + 31) / 32; i += THREADS) mask[i] = 0;
-        __syncthreads();
+        const int turns = (share.padded - share.first + COUNT * share.step - 1) / (COUNT * share.step);
         unsigned largest = 0;
-        for_vectors(o, (int)o.k / N, [&](int, int at, uint4& v) {
-            unsigned outliers = 0;
-            largest = max(largest, take_outliers<E>(v, threshold, outliers));
-            if (outliers) atomicOr(mask + at * N / 32, outliers << at * N % 32);
-        });
+        uint4 v[COUNT];
+        for (int turn = 0; turn < turns; turn++) {
+            share.load(v, turn);
+#pragma unroll
+            for (int i = 0; i < COUNT; i++) {
+                unsigned outliers = 0;
+                largest = max(largest, take_outliers<E>(v[i], threshold, outliers));
+                const int at = share.first + (turn * COUNT + i) * share.step;
+                if (outliers) atomicOr(mask + at * N / 32, outliers << at * N % 32);
+            }
+        }
         largest = warp_max(largest);
-        if (threadIdx.x % WARP == 0) atomicMax(&known.absmax[threadIdx.x / WARP & (rows - 1)], largest);
+        if (threadIdx.x % WARP == 0) atomicMax(&known.absmax[share.token], largest);
         __syncthreads();
-        const RowCode code(known.absmax[threadIdx.x / WARP & (rows - 1)]);
-        for_vectors(o, padded(o) / N, [&](int token, int at, uint4& v) {
-            unsigned outliers = 0;
-            take_outliers<E>(v, threshold, outliers);
-            write_codes<E>(reinterpret_cast<i8*>(tokens + own_place(token, at * N, rows) + at * N % 16), v, code);
-        });
+        const RowCode code(known.absmax[share.token]);
+        for (int turn = 0; turn < turns; turn++) {
+            if (turns > 1) share.load(v, turn);
+#pragma unroll
+            for (int i = 0; i < COUNT; i++) {
+                const int at = share.first + (turn * COUNT + i) * share.step;
+                if (at >= share.padded) break;
+                unsigned outliers = 0;
+                if (turns > 1) take_outliers<E>(v[i], threshold, outliers);
+                write_codes<E>(reinterpret_cast<i8*>(tokens + own_place(share.token, at * N, share.rows) + at * N % 16), v[i], code);
+            }
+        }
     }
 
     static __device__ __forceinline__ float own_residual(const Operands& o, const unsigned char* tokens, const Known& known, int token,
@@ -301,6 +311,11 @@ struct Skinny {
             }
         }
         for (int i = threadIdx.x; i < TOKENS * PITCH; i += THREADS) kept_tiles[0].sum[i] = kept_tiles[1].sum[i] = 0;
+        if (OWN) {
+            if (threadIdx.x < TOKENS) known.absmax[threadIdx.x] = 0;
+            for (int i = threadIdx.x; i < ((int)o.k + 31) / 32; i += THREADS) own_mask[i] = 0;
+            __syncthreads();
+        }
         __syncwarp();
         wait_for_previous_kernel();
         auto ask_next = [&](int slot) {
@@ -313,10 +328,15 @@ struct Skinny {
             for (int d = 0; d < DEPTH; d++) ask_next(d);
         __syncwarp();
         clear_ready(o);
-        if (OWN)
-            quantize(p, tokens, known, own_mask);
-        else if (threadIdx.x < TOKENS)
+        if (OWN) {
+            const Share share(o);
+            if (padded(o) / E::PER_VECTOR <= 4 * share.step)
+                quantize<4>(p, share, tokens, known, own_mask);
+            else
+                quantize<16>(p, share, tokens, known, own_mask);
+        } else if (threadIdx.x < TOKENS) {
             known.absmax[threadIdx.x] = threadIdx.x < o.m ? __float_as_uint(o.row_scale[threadIdx.x]) : 0;
+        }
         __syncthreads();
         list_outliers(o, mask, tokens, known);
 

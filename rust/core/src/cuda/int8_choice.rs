@@ -158,8 +158,9 @@ pub struct Circumstances {
 ///
 /// | rows | kernel | 4096 x 4096 | 8192 x 8192 | 14336 x 4096 | else |
 /// |---|---|---|---|---|---|
-/// | 1 to 4, few enough columns | `skinny_own`: one launch | 9.9, 12.0 | 22.2, 27.1 | 20.8, 23.0 | `skinny_8`: 13.6, 25.0, 23.9 for 1 |
-/// | to 8, to 16 | `skinny_8`, `skinny_16` | 14.2, 14.3 | 26.1, 27.5 | 24.3, 24.6 | `wide_64`: 17.5, 34.5, 27.3 for 16 |
+/// | 1, 4, few enough columns | `skinny_own`: one launch | 9.5, 12.2 | 21.7, 25.4 | 20.4, 22.5 | `skinny_8`: 14.3, 26.6, 24.9 for 4 |
+/// | 8, very few columns | the same | 13.8 | | 24.6 | `skinny_8`: 14.4, 24.6 |
+/// | 8, 16 | `skinny_8`, `skinny_16` | 14.4, 14.5 | 26.8, 28.1 | 24.6, 25.2 | `wide_64`: 17.5, 34.5, 27.3 for 16 |
 /// | more | the shortest estimate of `wide_64`, `wide_128`, `wide_256` | | | | |
 ///
 /// Elsewhere, and where rows do not start on 16 bytes: `plain` up to 4 rows, `mma_16` up to 16, `mma_128`; `plain` before compute
@@ -182,7 +183,7 @@ pub fn choose(m: usize, n: usize, k: usize, at: Circumstances) -> Result<Int8Pro
     };
     Ok(if at.copy_engine {
         match m {
-            ..=4 if takes(Int8Product::SkinnyOwn) => Int8Product::SkinnyOwn,
+            ..=8 if takes(Int8Product::SkinnyOwn) && (m <= 4 || m * k <= OWN_BYTES / 2) => Int8Product::SkinnyOwn,
             ..=8 => Int8Product::Skinny8,
             9..=16 => Int8Product::Skinny16,
             _ => {
