@@ -190,7 +190,7 @@ def int8_linear_matmul(
     Parameters
     ----------
     A : torch.Tensor
-        int8, shape ``(..., K)``.
+        int8, shape ``(..., K)``. K is at most 131071: the sum of so many products fits int32.
     B : torch.Tensor
         int8, shape ``(N, K)``.
     out : torch.Tensor, optional
@@ -201,7 +201,7 @@ def int8_linear_matmul(
     Returns
     -------
     torch.Tensor
-        int32, shape ``(..., N)``, or `out`. Sums past 2**31 (from K = 133144 on) wrap around.
+        int32, shape ``(..., N)``, or `out`.
 
     Raises
     ------

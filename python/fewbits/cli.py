@@ -285,6 +285,7 @@ def _info(args: argparse.Namespace, out: Console, _err: Console) -> int:
     from rich.markup import escape
     from rich.table import Table
 
+    from ._backend import FORCED
     from .info import report
 
     facts = report()
@@ -298,6 +299,8 @@ def _info(args: argparse.Namespace, out: Console, _err: Console) -> int:
     table.add_row("fewbits", facts["version"])
     table.add_row("python", f"{facts['python']}, {facts['platform']}")
     table.add_row("torch", f"{framework['version']} (CUDA {framework['cuda'] or 'none'})")
+    served = ", ".join(f"{kind} {who}" for kind, who in facts["backend"].items())
+    table.add_row("backend", f"{served}, forced by FEWBITS_BACKEND" if FORCED else served)
     table.add_row(
         "build", f"CUDA images: {', '.join(build['images'])}" if build["cuda"] else "CPU only: no CUDA images"
     )

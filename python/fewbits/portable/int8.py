@@ -12,6 +12,7 @@ _INVERSE_16129 = f32(f32(1.0) / 16129.0)
 # Products of int8 codes are at most 2**14: so many of them have a sum that float32 holds, in whatever order it is
 # taken, and codes themselves are exact in every format that a matrix unit may read float32 as.
 _EXACT = 1024
+_MOST_COLUMNS = 2**17 - 1
 
 
 def unpack_mask(mask: torch.Tensor, k: int) -> torch.Tensor:
@@ -61,10 +62,16 @@ def _quantized(values: torch.Tensor, threshold: float) -> tuple[torch.Tensor, to
     return scaled.masked_fill_(zero, 0.0).clamp_(-127, 127).round_().to(torch.int8), scale, outliers
 
 
+def _check_columns(k: int) -> None:
+    if k > _MOST_COLUMNS:
+        raise ValueError(f"k: got {k}, expected at most {_MOST_COLUMNS} columns, whose products' sum fits int32")
+
+
 @torch.no_grad()
 def matmul_int32(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
     """Write ``a @ b.T`` of int8 codes, exactly; no device need have an integer product."""
     m, k = a.shape
+    _check_columns(k)
     out.zero_()
     step = max(1, PIECE // max(m, _EXACT))
     for row in range(0, b.shape[0], step):
@@ -90,6 +97,7 @@ def matmul(
 ) -> None:
     """Write the scaled product of codes, plus what they leave over of the outlier columns of `x`, plus `bias`."""
     n, k = weight.shape
+    _check_columns(k)
     a, result = codes.view(-1, k), out.detach().view(-1, n)
     rows, scales = row_stats.detach().view(-1, 1), col_stats.detach().view(-1)
     rest = columns = None
@@ -123,6 +131,7 @@ def linear(
 ) -> None:
     """Write ``x @ W.T + bias``, rows of `x` quantized on the way."""
     k = weight.shape[1]
+    _check_columns(k)
     flat = x.detach().view(-1, k)
     codes = torch.empty(flat.shape, dtype=torch.int8, device=x.device)
     row_stats = torch.empty(flat.shape[0], dtype=torch.float32, device=x.device)
