@@ -134,7 +134,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="weights that share a scale: 32, 64 ... 4096 (default: 64; blockwise8: 256)",
     )
     quantize.add_argument("--skip", action="append", default=[], metavar="PATTERN", help="leave these weights alone")
-    quantize.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu; the result is the same)")
+    quantize.add_argument("--device", default="cpu", help="cpu, cuda, xpu or mps (default: cpu)")
     quantize.add_argument("--overwrite", action="store_true", help="replace a checkpoint at DST")
     quantize.add_argument(
         "--max-shard-gb", type=_positive(float), default=5.0, metavar="GB", help="size of one file (default: 5)"
