@@ -238,7 +238,7 @@ def int8_dense_matmul_grad(grad_output: torch.Tensor, CB: torch.Tensor, SCB: tor
 def _bind(CB: torch.Tensor, SCB: torch.Tensor) -> Bound:
     codes, scales = dense(CB), as_float32(SCB)
     n, k = codes.shape
-    if is_portable(codes.device):
+    if is_portable(scales.device):
         return Bound(portable.Weight(codes, scales), (n, k), (), "")
     native = (codes.data_ptr(), n, k, scales.data_ptr())
     return Bound(native, (n, k), (codes, scales), "int8_dequantize_panel")

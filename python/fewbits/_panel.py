@@ -46,7 +46,7 @@ def bind(
     """Return the addresses and sizes of a weight whose parts have been checked."""
     n, k = shape
     codes, number = dense(B), QUANT_TYPES[quant_type]
-    if is_portable(B.device):
+    if is_portable(absmax.device):  # of a plain tensor: a parameter takes a microsecond to answer
         if nested_absmax is None or offset is None:
             maxima = as_float32(absmax)
         else:
