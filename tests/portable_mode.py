@@ -9,7 +9,7 @@ from unittest import mock
 
 import torch
 
-from fewbits import _backend, _direct, _int8, _int8_prepared, _launch, _matmul, _native, _panel, _prepared
+from fewbits import _backend, _direct, _int8, _int8_prepared, _launch, _matmul, _native, _panel, _prepared, codebook
 from fewbits.optim import _launches
 from fewbits.portable import blockwise, fourbit, int8
 from fewbits.portable import optim as portable_optim
@@ -34,7 +34,7 @@ def portable(piece: int = blockwise.PIECE) -> Iterator[None]:
         def patch(module: Any, name: str, value: object) -> None:
             stack.enter_context(mock.patch.object(module, name, value))
 
-        for module in (_backend, _launch, _direct):
+        for module in (_backend, _launch, _direct, codebook):
             patch(module, "NATIVE_TYPES", none)
         for module in (_launch, _panel, _int8, _matmul, _launches):
             patch(module, "target_queue", _launch._target_queue_if_native)

@@ -52,7 +52,8 @@ class Optimizer8bit(Stepping):
     -----
     ``state[p]["step"]`` is a number on the parameter's device; `state_dict` makes it an int. A step reads nothing back
     from the device and can be captured in a CUDA graph once the states exist, that is after one ordinary step. A
-    learning rate that is a float32 tensor on the device is read when the graph runs; schedulers of torch fill it.
+    learning rate that is a float32 tensor on the device is read when the graph runs; schedulers of torch fill it. This
+    is about CUDA: on devices that native code does not know, a step waits for the device once and cannot be captured.
 
     Gradient scalers hand over their scale, which is taken out on the way.
 

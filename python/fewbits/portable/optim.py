@@ -105,10 +105,10 @@ class PortableBundle:
         """Update parameters and states."""
         scale, leave_out = None, False
         if control and self.control is not None:
-            bits, flag = self.control.tolist()
+            bits, flag = self.control.cpu().tolist()
             scale, leave_out = struct.unpack("=f", struct.pack("=i", bits))[0], flag != 0
         if not leave_out and self.entries:
-            counters = torch.stack([entry.step for entry in self.entries]).tolist()
+            counters = torch.stack([entry.step for entry in self.entries]).cpu().tolist()
             for entry, count in zip(self.entries, counters, strict=True):
                 self._update(entry, Moment(unpack(entry.config.record), count + 1), scale)
                 entry.step.add_(1)
