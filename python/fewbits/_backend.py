@@ -28,14 +28,9 @@ def is_portable(device: torch.device) -> bool:
 
 
 def device_types() -> list[str]:
-    """Return the types of the devices that torch sees here."""
-    others = {"cuda": torch.cuda, "xpu": getattr(torch, "xpu", None), "mps": getattr(torch, "mps", None)}
-    found = [
-        kind
-        for kind, module in others.items()
-        if module is not None and (torch.backends.mps if kind == "mps" else module).is_available()
-    ]
-    return ["cpu", *found]
+    """Return the types of the devices that torch sees here, the CPU first."""
+    others = {"cuda": torch.cuda, "xpu": torch.xpu, "mps": torch.backends.mps}
+    return ["cpu", *(kind for kind, module in others.items() if module.is_available())]
 
 
 def describe() -> dict[str, str]:

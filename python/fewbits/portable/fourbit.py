@@ -71,6 +71,7 @@ def exact_mean(values: torch.Tensor) -> float:
     return total / 2**149 / max(1, values.numel())
 
 
+@torch.no_grad()
 def nested_maxima(
     codes: torch.Tensor, code: torch.Tensor | None, absmax: torch.Tensor, blocksize: int, offset: torch.Tensor
 ) -> torch.Tensor:
