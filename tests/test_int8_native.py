@@ -271,6 +271,10 @@ class Product:
             error = np.abs(widen(got).astype(np.float64) - truth)
             allowed = 1.01 * UNIT_ROUNDOFF[self.dtype] * np.abs(truth) + INT8_OUTLIERS[self.dtype] * magnitude
             allowed += torch.finfo(self.dtype).smallest_normal * UNIT_ROUNDOFF[self.dtype]
+            # Subnormal steps on the way: what a code stands for is half of one off, times up to 127, times w; products
+            # are half of one off.
+            largest_weight = np.abs(col).max(initial=0)
+            allowed += np.finfo(np.float32).smallest_subnormal * (2 + columns.sum() * (1 + 64 * largest_weight))
             overflows = np.abs(truth) > 0.99 * torch.finfo(self.dtype).max
         worst = (error - allowed)[finite][~overflows[finite]]
         assert not (worst > 0).any(), f"{worst.max()} past the bound"

@@ -220,7 +220,7 @@ def int8_dense_matmul(A: torch.Tensor, CB: torch.Tensor, SCB: torch.Tensor) -> t
     n, k = CB.shape
     result = torch.empty((*A.shape[:-1], n), dtype=A.dtype, device=A.device)
     if result.numel():
-        multiply_panels(_bind(CB, SCB), dense(A).view(-1, k), None, result.view(-1, n)) if k else result.zero_()
+        multiply_panels(bind(CB, SCB), dense(A).view(-1, k), None, result.view(-1, n)) if k else result.zero_()
     return result
 
 
@@ -231,11 +231,12 @@ def int8_dense_matmul_grad(grad_output: torch.Tensor, CB: torch.Tensor, SCB: tor
     result = torch.empty((*grad_output.shape[:-1], k), dtype=grad_output.dtype, device=grad_output.device)
     if result.numel():
         g, y = dense(grad_output).view(-1, n), result.view(-1, k)
-        multiply_panels_transposed(_bind(CB, SCB), g, y) if n else result.zero_()
+        multiply_panels_transposed(bind(CB, SCB), g, y) if n else result.zero_()
     return result
 
 
-def _bind(CB: torch.Tensor, SCB: torch.Tensor) -> Bound:
+def bind(CB: torch.Tensor, SCB: torch.Tensor) -> Bound:
+    """Return the addresses and sizes of a weight whose parts have been checked."""
     codes, scales = dense(CB), as_float32(SCB)
     n, k = codes.shape
     if is_portable(scales.device):

@@ -1,30 +1,17 @@
-"""An int8 product without gradients in the fewest steps; see `_prepared`, whose rules hold here.
-
-What native code needs of a weight is read once into a `Prepared8`, which `Int8Params` keeps, and compared on every call
-with what it was read from. Whatever is not as it nearly always is returns None.
-"""
+"""An int8 product in the fewest steps; see `_prepared`, whose rules hold here."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from torch.autograd import forward_ad
 
 from fewbits import _native
-from fewbits._checks import DTYPES
+from fewbits._call import Arguments, Product, arguments, storage_address, versions, wants_grad
 from fewbits._direct import fits, target_of
+from fewbits._int8 import bind
+from fewbits._int8_product import Weight, dense
 from fewbits._launch import PLAIN_TYPES
-from fewbits._prepared import (
-    _dispatch_modes,
-    _function_modes,
-    _get_num_threads,
-    _is_autocast_cuda,
-    _is_grad_enabled,
-    _is_traced,
-    _storage_address,
-    _transforms,
-)
 
 _Tensor, _float32, _int8, _uint8 = torch.Tensor, torch.float32, torch.int8, torch.uint8
 _SIZES = 64  # remembered workspace sizes; decode loops use a few numbers of rows
@@ -33,14 +20,19 @@ _SIZES = 64  # remembered workspace sizes; decode loops use a few numbers of row
 class Prepared8:
     """An int8 weight as native code takes it, and what it was read from."""
 
-    __slots__ = ("base", "device", "k", "linear", "n", "ordinal", "scales", "scales_address", "sizes")
+    __slots__ = ("base", "bound", "device", "k", "linear", "n", "ordinal", "scales", "scales_address", "sizes")
 
     def __init__(self, CB: torch.Tensor, SCB: torch.Tensor, ordinal: int) -> None:
         self.n, self.k = CB.shape
         self.linear = _native.Int8Weight(CB.data_ptr(), self.n, self.k, SCB.data_ptr()).linear
-        self.device, self.ordinal, self.base = CB.device, ordinal, _storage_address(CB)
+        self.bound = bind(CB, SCB)._replace(alive=())
+        self.device, self.ordinal, self.base = CB.device, ordinal, storage_address(CB)
         self.scales, self.scales_address = SCB, SCB.data_ptr()
         self.sizes: dict[tuple[int, bool], int] = {}
+
+    def describes(self, CB: torch.Tensor, SCB: torch.Tensor) -> bool:
+        """Return whether codes and scales are still what this was read from."""
+        return SCB is self.scales and SCB.data_ptr() == self.scales_address and storage_address(CB) == self.base
 
     def workspace_size(self, m: int, mixed: bool) -> int:
         """Return how many bytes of workspace m rows need."""
@@ -62,67 +54,53 @@ def prepare(CB: Any, SCB: Any) -> Prepared8 | None:
     return Prepared8(CB, SCB, place[0])
 
 
+class _Held:
+    """A weight for the gradients of a product with it."""
+
+    __slots__ = ("codes", "prepared", "scales", "threshold", "versions")
+
+    def __init__(self, prepared: Prepared8, codes: torch.Tensor, scales: torch.Tensor, threshold: float) -> None:
+        self.prepared, self.codes, self.scales, self.threshold = prepared, codes, scales, threshold
+        self.versions = versions(codes, scales)
+
+    def run(self, A: torch.Tensor, bias: torch.Tensor | None, call: Arguments) -> torch.Tensor:
+        return _run(self.prepared, A, self.threshold, call)
+
+    def current(self) -> Prepared8 | None:
+        if self.versions != versions(self.codes, self.scales):
+            raise RuntimeError(
+                "Linear8bitLt: the weight was modified by an inplace operation after a product whose gradient needs it"
+            )
+        return self.prepared if self.prepared.describes(self.codes, self.scales) else None
+
+    def grad(self, grad_output: torch.Tensor) -> torch.Tensor:
+        return dense(grad_output, Weight(self.codes.data, self.scales), transposed=True)
+
+
 def multiply(
     prepared: Prepared8, CB: torch.Tensor, SCB: Any, A: Any, threshold: Any, bias: torch.Tensor | None
 ) -> torch.Tensor | None:
     """Return ``A @ W.T + bias``, or None where the long way must be taken. Not for the compiler: the caller asks."""
     if SCB is None:
         return None
-    if SCB is not prepared.scales or SCB.data_ptr() != prepared.scales_address or _storage_address(CB) != prepared.base:
+    if not prepared.describes(CB, SCB):
         CB.__dict__.pop("prepared", None)
         return None
-    if (
-        type(A) is not _Tensor
-        or type(threshold) is not float
-        or _dispatch_modes()
-        or _function_modes()
-        or _transforms() is not None
-        or _is_traced()
-        or forward_ad._current_level >= 0
-    ):
+    if type(threshold) is not float:
         return None
-    dtype, shape, n, ordinal = A.dtype, A.shape, prepared.n, prepared.ordinal
-    number = DTYPES.get(dtype)
-    if number is None or A.device != prepared.device or not A.is_contiguous() or A.is_neg():
+    call = arguments(prepared, A, bias)
+    if call is None:
         return None
-    if ordinal >= 0:
-        if _is_autocast_cuda():
-            return None
-        queue = torch._C._cuda_getCurrentRawStream(ordinal)
-    else:
-        if torch.is_autocast_enabled("cpu"):
-            return None
-        queue = _get_num_threads()
-    if bias is None:
-        bias_address = 0
-        if A.requires_grad and _is_grad_enabled():
-            return None
-    else:
-        if (bias.requires_grad or A.requires_grad) and _is_grad_enabled():
-            return None
-        if type(bias) not in PLAIN_TYPES or not (bias.dim() == 1 and fits(bias, dtype, n, ordinal)):
-            return None
-        bias_address = bias.data_ptr()
-    k = prepared.k
-    # Sizes one by one take half the time of a tuple.
-    if len(shape) == 3:
-        batch, length, columns = shape
-        m = batch * length
-        if columns != k or not m:
-            return None
-        y = A.new_empty(batch, length, n)
-    elif len(shape) == 2:
-        m, columns = shape
-        if columns != k or not m:
-            return None
-        y = A.new_empty(m, n)
-    else:
-        m = A.numel() // k
-        if shape[-1:] != (k,) or not m:
-            return None
-        y = A.new_empty(*shape[:-1], n)
+    if wants_grad(A, bias):
+        result: torch.Tensor = Product.apply(A, bias, _Held(prepared, CB, SCB, threshold), call)
+        return result
+    return _run(prepared, A, threshold, call)
+
+
+def _run(prepared: Prepared8, A: torch.Tensor, threshold: float, call: Arguments) -> torch.Tensor:
+    m, number, bias_address, y, queue = call
     size = prepared.workspace_size(m, threshold > 0.0)
     workspace = A.new_empty(size, dtype=_uint8) if size else None
     address = 0 if workspace is None else workspace.data_ptr()
-    prepared.linear(A.data_ptr(), m, number, threshold, bias_address, y.data_ptr(), address, ordinal, queue)
+    prepared.linear(A.data_ptr(), m, number, threshold, bias_address, y.data_ptr(), address, prepared.ordinal, queue)
     return y

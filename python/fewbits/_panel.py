@@ -114,7 +114,7 @@ def multiply_panels(weight: Bound, x: torch.Tensor, bias: torch.Tensor | None, y
 def multiply_panels_transposed(weight: Bound, g: torch.Tensor, y: torch.Tensor) -> None:
     """Write ``g @ W`` to `y`, panel after panel of columns of `W`: no sum is rounded between two panels."""
     for first, count, panel in panels(weight, 1, g.dtype, g.device):
-        torch.mm(g, panel, out=y.narrow(1, first, count))
+        torch.mm(g, panel, out=y if count == weight.shape[1] else y.narrow(1, first, count))
 
 
 def dequantize_4bit_rows(

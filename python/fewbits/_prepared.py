@@ -1,36 +1,28 @@
-"""A product without gradients in the fewest steps: from a module's forward to one native call.
+"""A product with a 4-bit weight in the fewest steps: from a module's forward to one native call.
 
-A decode loop makes hundreds of these calls a token, so their time on the host counts. What native code needs of a
-weight is read once into a `Prepared`, which `Params4bit` keeps. Every call compares it with what it was read from, by
-identity and address, so that a move, a loaded state dict, an assignment to ``.data`` or a swapped state is noticed.
-Whatever is not as it nearly always is returns None: `autograd.matmul_4bit` then does the work, or says what is wrong.
+What native code needs of a weight is read once into a `Prepared`, which `Params4bit` keeps. Every call compares it with
+what it was read from, by identity and address, so that a move, a loaded state dict, an assignment to ``.data`` or a
+swapped state is noticed. Where it does not serve, `autograd.matmul_4bit` does the work, or says what is wrong.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.autograd import forward_ad
 
 from fewbits import _native
-from fewbits._checks import BLOCKSIZES, DTYPES, QUANT_TYPES, storage_count
+from fewbits._call import Arguments, Product, arguments, storage_address, versions, wants_grad
+from fewbits._checks import BLOCKSIZES, QUANT_TYPES, storage_count
 from fewbits._direct import fits, nested_addresses, target_of
 from fewbits._launch import PLAIN_TYPES, is_observed
 from fewbits._matmul import workspace
 from fewbits._panel import Bound, multiply_panels
+from fewbits._product import product
+from fewbits._states import weight_parts
 from fewbits.quant_state import QuantState
 
 _Tensor, _float32 = torch.Tensor, torch.float32
-_is_grad_enabled, _get_num_threads = torch.is_grad_enabled, torch.get_num_threads
-_dispatch_modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
-_transforms, _is_traced = torch._C._functorch.peek_interpreter_stack, torch._C._is_tracing
-_is_autocast_cuda = torch.is_autocast_enabled
-# Asks no subclass's __torch_function__, which takes longer than all the rest.
-_storage_address: Callable[[torch.Tensor], int] = getattr(
-    torch._C, "_data_address", lambda tensor: tensor.untyped_storage().data_ptr()
-)
 
 _Native = tuple[int, int, int, int, int, int, int, int, int, int]
 
@@ -55,10 +47,23 @@ class Prepared:
     def __init__(self, B: torch.Tensor, state: QuantState, native: _Native, ordinal: int) -> None:
         self.matmul, self.n, self.k = _native.Weight4bit(*native).matmul, native[1], native[2]
         self.bound = Bound(native, (self.n, self.k), ())
-        self.device, self.ordinal, self.base = B.device, ordinal, _storage_address(B)
+        self.device, self.ordinal, self.base = B.device, ordinal, storage_address(B)
         self.absmax, self.absmax_address = state.absmax, state.absmax.data_ptr()
         self.plain = (state.shape, state.blocksize, state.quant_type)
         self.nested = _nested_of(state, native[6]) if state.nested else None
+
+    def describes(self, B: torch.Tensor, state: QuantState) -> bool:
+        """Return whether codes and a state are still what this was read from."""
+        (shape, blocksize, quant_type), nested = self.plain, self.nested
+        return (
+            state.absmax is self.absmax
+            and self.absmax.data_ptr() == self.absmax_address
+            and state.shape is shape
+            and state.blocksize is blocksize
+            and state.quant_type is quant_type
+            and storage_address(B) == self.base
+            and (not state.nested if nested is None else _is_same(nested, state))
+        )
 
 
 _Nested = tuple[QuantState, torch.Tensor, int, torch.Tensor, int, torch.Tensor, int, int]
@@ -115,75 +120,52 @@ def prepare(B: Any, state: QuantState) -> Prepared | None:
     return Prepared(B, state, native, ordinal)
 
 
+class _Held:
+    """A weight for the gradients of a product with it."""
+
+    __slots__ = ("codes", "prepared", "state", "versions")
+
+    def __init__(self, prepared: Prepared, codes: torch.Tensor, state: QuantState) -> None:
+        self.prepared, self.codes, self.state = prepared, codes, state
+        self.versions = versions(codes, state.absmax)
+
+    def run(self, A: torch.Tensor, bias: torch.Tensor | None, call: Arguments) -> torch.Tensor:
+        return _run(self.prepared, A, bias, call)
+
+    def current(self) -> Prepared | None:
+        codes, state = self.codes, self.state
+        if self.versions != versions(codes, state.absmax):
+            raise RuntimeError(
+                "matmul_4bit: the weight was modified by an inplace operation after a product whose gradient needs it"
+            )
+        return self.prepared if self.prepared.describes(codes, state) else None
+
+    def grad(self, grad_output: torch.Tensor) -> torch.Tensor:
+        return product(grad_output, None, True, weight_parts(self.codes.data, self.state))
+
+
 def multiply(
     prepared: Prepared, B: torch.Tensor, state: QuantState, A: Any, bias: torch.Tensor | None
 ) -> torch.Tensor | None:
     """Return ``A @ W.T + bias`` for the weight of codes and a state.
 
-    None if what was prepared describes them no longer, or if this is not an ordinary call without gradients. Not for
-    the compiler: the caller asks for it before.
+    None if what was prepared describes them no longer, or if this is not an ordinary call. Not for the compiler: the
+    caller asks for it before.
     """
-    absmax, (sizes, blocksize, quant_type), nested = prepared.absmax, prepared.plain, prepared.nested
-    if not (
-        state.absmax is absmax
-        and absmax.data_ptr() == prepared.absmax_address
-        and state.shape is sizes
-        and state.blocksize is blocksize
-        and state.quant_type is quant_type
-        and _storage_address(B) == prepared.base
-        and (not state.nested if nested is None else _is_same(nested, state))
-    ):
+    if not prepared.describes(B, state):
         B.__dict__.pop("prepared", None)
         return None
-    if (
-        type(A) is not _Tensor
-        or _dispatch_modes()
-        or _function_modes()
-        or _transforms() is not None
-        or _is_traced()
-        or forward_ad._current_level >= 0
-    ):
+    call = arguments(prepared, A, bias)
+    if call is None:
         return None
-    dtype, shape, n, ordinal = A.dtype, A.shape, prepared.n, prepared.ordinal
-    number = DTYPES.get(dtype)
-    if number is None or A.device != prepared.device or not A.is_contiguous() or A.is_neg():
-        return None
-    if ordinal >= 0:
-        if _is_autocast_cuda():
-            return None
-        queue = torch._C._cuda_getCurrentRawStream(ordinal)
-    else:
-        if torch.is_autocast_enabled("cpu"):
-            return None
-        queue = _get_num_threads()
-    if bias is None:
-        bias_address = 0
-        if A.requires_grad and _is_grad_enabled():
-            return None
-    else:
-        if (bias.requires_grad or A.requires_grad) and _is_grad_enabled():
-            return None
-        if type(bias) not in PLAIN_TYPES or not (bias.dim() == 1 and fits(bias, dtype, n, ordinal)):
-            return None
-        bias_address = bias.data_ptr()
-    # Sizes one by one take half the time of a tuple.
-    if len(shape) == 3:
-        batch, length, k = shape
-        m = batch * length
-        if k != prepared.k or not m:
-            return None
-        y = A.new_empty(batch, length, n)
-    elif len(shape) == 2:
-        m, k = shape
-        if k != prepared.k or not m:
-            return None
-        y = A.new_empty(m, n)
-    else:
-        k = prepared.k
-        m = A.numel() // k
-        if shape[-1:] != (k,) or not m:
-            return None
-        y = A.new_empty(*shape[:-1], n)
+    if wants_grad(A, bias):
+        result: torch.Tensor = Product.apply(A, bias, _Held(prepared, B, state), call)
+        return result
+    return _run(prepared, A, bias, call)
+
+
+def _run(prepared: Prepared, A: torch.Tensor, bias: torch.Tensor | None, call: Arguments) -> torch.Tensor:
+    (m, number, bias_address, y, queue), n, k, ordinal = call, prepared.n, prepared.k, prepared.ordinal
     scratch = workspace(A, m, n, k, ordinal)
     address = 0 if scratch is None else scratch.data_ptr()
     if not prepared.matmul(A.data_ptr(), m, number, bias_address, y.data_ptr(), address, ordinal, queue):
@@ -193,9 +175,7 @@ def multiply(
 
 def matmul_4bit(A: Any, B: Any, state: QuantState, bias: torch.Tensor | None) -> torch.Tensor | None:
     """Return `multiply`'s result for a weight that nobody has prepared. Not for the compiler either."""
-    if is_observed() or type(A) is not _Tensor or (A.requires_grad and _is_grad_enabled()):
-        return None
-    if bias is not None and not isinstance(bias, _Tensor):
+    if is_observed() or type(A) is not _Tensor or (bias is not None and not isinstance(bias, _Tensor)):
         return None
     prepared = prepare(B, state)
     return None if prepared is None else multiply(prepared, B, state, A, bias)

@@ -56,6 +56,7 @@ __device__ __forceinline__ unsigned negative_nibbles_16bit(const uint4& v) {
 struct BF16 {
     typedef __nv_bfloat16 storage;
     static constexpr int PER_VECTOR = 8;
+    static constexpr unsigned INFINITE = 0x7f80;  // its bits
 
     static __device__ __forceinline__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
     static __device__ __forceinline__ __nv_bfloat16 narrow(float x) { return __float2bfloat16_rn(x); }
@@ -96,6 +97,7 @@ struct BF16 {
 struct F16 {
     typedef __half storage;
     static constexpr int PER_VECTOR = 8;
+    static constexpr unsigned INFINITE = 0x7c00;  // its bits
 
     static __device__ __forceinline__ float widen(__half x) { return __half2float(x); }
     static __device__ __forceinline__ __half narrow(float x) { return __float2half_rn(x); }

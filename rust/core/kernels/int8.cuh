@@ -29,15 +29,18 @@ struct Operands {
     const i8* weight;       // n x k
     const float* col_scale;
     const unsigned* mask;   // bit j: column j is an outlier column; or null
-    unsigned long long* ready;  // what the quantization of these rows has set for its own use and is to be 0 again; or null
+    unsigned long long* ready;  // flags that the quantization of these rows has set for its own use and that are to be 0 again; or null
     const void* bias;       // n of E, or null
     void* out;              // m x n of E
     i64 m, n, k;
 };
 
-// What is to be done once by some thread of the launch, after the previous kernel has ended.
+// Flags that say the same, in lines of their own: all blocks read them at once, and one line would make them queue.
+constexpr int FLAGS = 16, FLAG_STRIDE = 16;
+
+// What is to be done once by the launch, after the previous kernel has ended.
 __device__ __forceinline__ void clear_ready(const Operands& o) {
-    if (o.ready && blockIdx.x == 0 && threadIdx.x == 0) *o.ready = 0;
+    if (o.ready && blockIdx.x == 0 && threadIdx.x < FLAGS) o.ready[threadIdx.x * FLAG_STRIDE] = 0;
 }
 
 __device__ __forceinline__ float scaled_sum(int sum, float row, float col) {
@@ -53,23 +56,29 @@ __device__ __forceinline__ float residual(const Operands& o, i64 row, i64 column
 }
 
 // w[j][c]
-__device__ __forceinline__ float outlier_weight(const Operands& o, i64 row, i64 column, float col_scale) {
-    return __fmul_rn(__fmul_rn((float)o.weight[row * o.k + column], col_scale), INVERSE_127);
+__device__ __forceinline__ float outlier_weight(i8 code, float col_scale) {
+    return __fmul_rn(__fmul_rn((float)code, col_scale), INVERSE_127);
 }
 
 constexpr int CHUNK = 8;  // outlier columns that are taken at a time
 
 // Goes through the outlier columns, in ascending order, a warp together.
 struct OutlierWalk {
+    static constexpr int OWN = 4;  // words of a lane: 4096 columns are read at once
+
     const unsigned* mask;
     i64 words, base;
-    unsigned bits;  // of this lane's word, base + lane, without those that were taken
+    unsigned long long low, high;  // of words base + OWN * lane ..., without those that were taken
 
     __device__ __forceinline__ OutlierWalk(const unsigned* mask, i64 k) : mask(mask), words(mask ? (k + 31) / 32 : 0), base(0) { load(); }
 
+    __device__ __forceinline__ unsigned long long load2(i64 at) const {
+        const unsigned first = at < words ? mask[at] : 0, second = at + 1 < words ? mask[at + 1] : 0;
+        return (unsigned long long)second << 32 | first;
+    }
     __device__ __forceinline__ void load() {
-        const i64 at = base + threadIdx.x % WARP;
-        bits = at < words ? mask[at] : 0;
+        const i64 at = base + threadIdx.x % WARP * OWN;
+        low = load2(at), high = load2(at + 2);
     }
 
     // The next ones: lane i gets the i-th. Returns how many, fewer than CHUNK only at the end.
@@ -78,17 +87,20 @@ struct OutlierWalk {
         int count = 0;
         column = 0;
         while (true) {
-            const unsigned any = __ballot_sync(FULL_WARP, bits != 0);
+            const unsigned any = __ballot_sync(FULL_WARP, (low | high) != 0);
             if (!any) {
-                if (base + WARP >= words) return count;
-                base += WARP;
+                if (base + WARP * OWN >= words) return count;
+                base += WARP * OWN;
                 load();
                 continue;
             }
-            const int first = __ffs(any) - 1;
-            const unsigned word = __shfl_sync(FULL_WARP, bits, first);
-            if (lane == count) column = (base + first) * 32 + __ffs(word) - 1;
-            if (lane == first) bits &= bits - 1;
+            const int owner = __ffs(any) - 1;
+            const int within = __shfl_sync(FULL_WARP, low ? __ffsll(low) - 1 : 63 + __ffsll(high), owner);
+            if (lane == count) column = (base + owner * OWN) * 32 + within;
+            if (lane == owner && low)
+                low &= low - 1;
+            else if (lane == owner)
+                high &= high - 1;
             if (++count == CHUNK) return count;
         }
     }

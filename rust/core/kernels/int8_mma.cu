@@ -125,7 +125,7 @@ struct Tile {
                         const i64 index = r < TM ? row0 + r : col0 + r - TM;
                         float v = 0.0f;
                         if (r < TM && index < o.m) v = residual<E>(o, index, column, o.row_scale[index]);
-                        if (r >= TM && index < o.n) v = outlier_weight(o, index, column, o.col_scale[index]);
+                        if (r >= TM && index < o.n) v = outlier_weight(o.weight[index * o.k + column], o.col_scale[index]);
                         shared[c * ROWS + r] = v;
                     }
                 }

@@ -25,7 +25,7 @@ __device__ __forceinline__ void finish(const Operands& o, i64 row, i64 col, int 
             count = walk.next(own);
             for (int c = 0; c < count; c++) {
                 const i64 column = __shfl_sync(FULL_WARP, own, c);
-                value = __fmaf_rn(residual<E>(o, row, column, row_scale), outlier_weight(o, col, column, col_scale), value);
+                value = __fmaf_rn(residual<E>(o, row, column, row_scale), outlier_weight(o.weight[col * o.k + column], col_scale), value);
             }
         } while (count == CHUNK);
     }

@@ -7,7 +7,7 @@
 //   codes  m x k int8             mask: a bit for each column, which is set where the column has an outlier; or null
 //
 // Work: a block a row; rows of up to 1024 elements (float32: 512) a warp. A row stays in registers up to 16384 elements (8192); longer
-// ones are read again. Vectors of 16 bytes whose largest element is below the threshold, nearly all, need no look at single
+// ones are read again. Vectors of 16 bytes whose largest element is below the threshold, nearly all, need no look at their
 // elements. The mask is read before it is written: of all rows with an outlier in a column a few write, and none waits for it.
 // Bytes an element: its own, and one. Instructions for eight: about 40, a fourth of what there is time for.
 #include "int8_code.cuh"
@@ -17,8 +17,8 @@ constexpr int THREADS = 256;
 // Where outliers are marked.
 struct Marks {
     unsigned* mask;
-    // Where the mask is not zero at first, the launch's first block clears it and then writes `token` here; the product that reads the
-    // mask writes 0. Null where the caller has cleared it.
+    // Where the mask is not zero at first, the launch's first block clears it and then writes `token` to the flags here; the
+    // product that reads the mask writes 0. Null where the caller has cleared it.
     unsigned long long* ready;
     unsigned long long token;
 
@@ -26,22 +26,22 @@ struct Marks {
         if (!ready || blockIdx.x != 0) return;
         for (i64 i = threadIdx.x; i < (k + 31) / 32; i += THREADS) mask[i] = 0;
         __syncthreads();
-        if (threadIdx.x == 0) store_release(ready, token);
+        if (threadIdx.x < FLAGS) store_release(ready + threadIdx.x * FLAG_STRIDE, token);
     }
 
-    // Waits until the mask has been cleared. The first block never waits for another.
+    // Waits until the mask has been cleared, for those that have something to mark: it empties the multiprocessor's L1 cache. The
+    // first block never waits for another.
     __device__ __forceinline__ void wait() const {
         if (!ready) return;
-        while (load_acquire(ready) != token) {}
+        while (load_acquire(ready + blockIdx.x % FLAGS * FLAG_STRIDE) != token) {}
     }
 
-    // The word that has a column.
-    __device__ __forceinline__ unsigned read(i64 column) const { return mask ? load_l2(mask + column / 32) : 0xffffffffu; }
-
-    // Sets `bits` of that word, from the column on, unless the word, as read before, has them.
-    __device__ __forceinline__ void set(i64 column, unsigned bits, unsigned before) const {
+    // Sets `bits`, from a column on, within a word, unless it has them.
+    __device__ __forceinline__ void set(i64 column, unsigned bits) const {
+        if (!mask) return;
+        unsigned* const word = mask + column / 32;
         bits <<= column % 32;
-        if ((before & bits) != bits) atomicOr(mask + column / 32, bits);
+        if ((load_l2(word) & bits) != bits) atomicOr(word, bits);
     }
 };
 
@@ -67,7 +67,7 @@ template <class E, int LANES, int VECTORS>
 __device__ __forceinline__ void quantize_row(const Rows& p, i64 row, unsigned* shared) {
     constexpr int N = E::PER_VECTOR;
     const int lane = threadIdx.x % LANES, count = (int)(p.k / N);
-    const unsigned threshold = threshold_bits(p.threshold);
+    const Threshold threshold(p.threshold);
     const uint4* const from = reinterpret_cast<const uint4*>((const typename E::storage*)p.x + row * p.k);
     i8* const to = p.codes + row * p.k;
     uint4 v[VECTORS];
@@ -76,28 +76,31 @@ __device__ __forceinline__ void quantize_row(const Rows& p, i64 row, unsigned* s
         const int at = i * LANES + lane;
         v[i] = at < count ? load_once(from + at) : make_uint4(0, 0, 0, 0);
     }
-    p.marks.wait();
-    unsigned largest = 0, found[VECTORS / 4] = {}, before[VECTORS];  // outliers, a byte a vector; the mask, read long before it is used
+    unsigned largest = 0, found[VECTORS / 4] = {};  // outliers, a byte a vector
 #pragma unroll
     for (int i = 0; i < VECTORS; i++) {
         const int at = i * LANES + lane;
         unsigned outliers = 0;
-        if (at < count) largest = max(largest, inner_absmax<E>(v[i], threshold, outliers));
-        if (outliers) found[i / 4] |= outliers << (i % 4 * 8), before[i] = p.marks.read((i64)at * N);
+        if (at < count) largest = max(largest, take_outliers<E>(v[i], threshold, outliers));
+        found[i / 4] |= outliers << (i % 4 * 8);
     }
     largest = LANES == WARP ? warp_max(largest) : block_max(largest, shared);
-    const RowCode code(largest, threshold);
+    const RowCode code(largest);
 #pragma unroll
     for (int i = 0; i < VECTORS; i++) {
         const int at = i * LANES + lane;
-        const unsigned outliers = found[i / 4] >> (i % 4 * 8) & 0xff;
-        if (at < count) write_codes<E>(to + (i64)at * N, v[i], code, code.ordinary && !outliers);
+        if (at < count) write_codes<E>(to + (i64)at * N, v[i], code);
     }
     if (lane == 0) p.row_scale[row] = __uint_as_float(largest);
+    unsigned any = 0;
+#pragma unroll
+    for (int i = 0; i < VECTORS / 4; i++) any |= found[i];
+    if (!any) return;
+    p.marks.wait();
 #pragma unroll
     for (int i = 0; i < VECTORS; i++) {
         const unsigned outliers = found[i / 4] >> (i % 4 * 8) & 0xff;
-        if (outliers) p.marks.set((i64)(i * LANES + lane) * N, outliers, before[i]);
+        if (outliers) p.marks.set((i64)(i * LANES + lane) * N, outliers);
     }
 }
 
@@ -106,11 +109,10 @@ template <class E>
 __device__ __forceinline__ void quantize_long_row(const Rows& p, i64 row, unsigned* shared) {
     constexpr int N = E::PER_VECTOR, UNROLL = 4;
     const i64 count = p.k / N;
-    const unsigned threshold = threshold_bits(p.threshold);
+    const Threshold threshold(p.threshold);
     const uint4* const from = reinterpret_cast<const uint4*>((const typename E::storage*)p.x + row * p.k);
     i8* const to = p.codes + row * p.k;
     unsigned largest = 0;
-    p.marks.wait();
     for (i64 first = threadIdx.x; first < count; first += THREADS * UNROLL) {
         uint4 v[UNROLL];
 #pragma unroll
@@ -118,16 +120,18 @@ __device__ __forceinline__ void quantize_long_row(const Rows& p, i64 row, unsign
 #pragma unroll
         for (int i = 0; i < UNROLL; i++) {
             unsigned outliers = 0;
-            largest = max(largest, inner_absmax<E>(v[i], threshold, outliers));
+            largest = max(largest, take_outliers<E>(v[i], threshold, outliers));
             const i64 column = (first + i * THREADS) * N;
-            if (outliers) p.marks.set(column, outliers, p.marks.read(column));
+            if (outliers) p.marks.wait(), p.marks.set(column, outliers);
         }
     }
     largest = block_max(largest, shared);
-    const RowCode code(largest, threshold);
+    const RowCode code(largest);
     for (i64 at = threadIdx.x; at < count; at += THREADS) {
-        const uint4 v = load_once(from + at);
-        write_codes<E>(to + at * N, v, code, code.ordinary && E::absmax(v) < threshold);
+        uint4 v = load_once(from + at);
+        unsigned outliers = 0;
+        take_outliers<E>(v, threshold, outliers);
+        write_codes<E>(to + at * N, v, code);
     }
     if (threadIdx.x == 0) p.row_scale[row] = __uint_as_float(largest);
 }
@@ -135,21 +139,23 @@ __device__ __forceinline__ void quantize_long_row(const Rows& p, i64 row, unsign
 // A row of any length and alignment, element by element.
 template <class E>
 __device__ __forceinline__ void quantize_odd_row(const Rows& p, i64 row, unsigned* shared) {
-    const unsigned threshold = threshold_bits(p.threshold);
+    const Threshold threshold(p.threshold);
     const typename E::storage* const from = (const typename E::storage*)p.x + row * p.k;
     i8* const to = p.codes + row * p.k;
     unsigned largest = 0;
-    p.marks.wait();
     for (i64 at = threadIdx.x; at < p.k; at += THREADS) {
         const unsigned bits = magnitude(E::widen(from[at]));
-        if (is_outlier(bits, threshold))
-            p.marks.set(at, 1, p.marks.read(at));
+        if (threshold.is_outlier(bits))
+            p.marks.wait(), p.marks.set(at, 1);
         else
             largest = max(largest, bits);
     }
     largest = block_max(largest, shared);
-    const RowCode code(largest, threshold);
-    for (i64 at = threadIdx.x; at < p.k; at += THREADS) to[at] = (i8)code.any(E::widen(from[at]));
+    const RowCode code(largest);
+    for (i64 at = threadIdx.x; at < p.k; at += THREADS) {
+        const float x = E::widen(from[at]);
+        to[at] = threshold.is_outlier(magnitude(x)) ? 0 : (i8)code.any(x);
+    }
     if (threadIdx.x == 0) p.row_scale[row] = __uint_as_float(largest);
 }
 
@@ -157,8 +163,9 @@ template <class E>
 __device__ __forceinline__ void quantize_rows(const Rows& p) {
     constexpr int N = E::PER_VECTOR;
     __shared__ unsigned shared[2][THREADS / WARP];
-    wait_for_previous_kernel();
+    // The product may set itself up, and bring W near, while rows are quantized; it waits for them.
     let_next_kernel_start();
+    wait_for_previous_kernel();
     p.marks.clear(p.k);
     const i64 vectors = p.k / N;
     const bool aligned = p.k % N == 0 && is_aligned(p.x, 16) && is_aligned(p.codes, N);

@@ -1,8 +1,8 @@
 // The int8 product for few rows of A (tokens), on Hopper: the time is that of reading W once. int8.cuh gives the formula.
 //
 // Work: the eight warps of a block share a tile of 16 * RT rows of W; each takes every eighth stage of STAGE columns, through a ring of
-// DEPTH stages of its own in shared memory that the copy engine fills. W is operand A of the tensor cores, tokens are operand B. The
-// warps' integer sums meet in shared memory. Blocks are persistent.
+// its own in shared memory that the copy engine fills. W is operand A of the tensor cores, tokens are operand B. The warps' integer
+// sums meet in shared memory. Blocks are persistent, one on a multiprocessor: with two, the next launch's would meet on those that end first.
 //
 // Tokens: OWN, a block quantizes all rows of x itself and keeps their codes in shared memory, while its first stages of W are on their
 // way; COPIED, the codes are given and come with W through the ring.
@@ -18,7 +18,7 @@
 constexpr int WARPS = 8, THREADS = WARPS * WARP;
 constexpr int BOX = 128;     // columns, and bytes, of a box
 constexpr int DEPTH = 4;
-constexpr int LIST = 64;     // outlier columns whose left-overs are kept; there may be more
+constexpr int LIST = 32;     // outlier columns whose left-overs are kept; there may be more
 constexpr int OWN_BYTES = 64 * 1024;
 
 struct Problem {
@@ -33,21 +33,28 @@ struct Skinny {
     typedef typename E::storage storage;
     static constexpr int TOKENS = 8 * NT, ROWS = 16 * RT, BOXES = 2 / RT, STAGE = BOX * BOXES;
     static constexpr int WEIGHT = ROWS * STAGE, SLOT = WEIGHT + (OWN ? 0 : TOKENS * STAGE);
-    static constexpr int SUMS = WARPS * ROWS * TOKENS, BUFFERS = RT == 1 ? 2 : 1;
     static constexpr int ELEMENTS = (ROWS * TOKENS + THREADS - 1) / THREADS;  // results of a thread
+    static constexpr int PITCH = ROWS + 8;  // of sums: the fragments' lanes meet all banks
 
+    // What is kept of one tile until its end; two of them in turn.
+    struct Tile {
+        int sum[TOKENS * PITCH];
+        unsigned weight[LIST][ROWS];  // the four bytes around an outlier column of W
+    };
     // What the block knows of the tokens and their outliers.
     struct Known {
         unsigned absmax[TOKENS];  // bits of the row scales
         float residual[LIST][TOKENS];
         int columns[LIST];
+        int counts[2][WARPS];
         int count;  // of outlier columns in the list
         int more;   // whether there may be others
     };
-    // From the bottom, after what the system takes: barriers, rings, own tokens, sums, what is known, the mask.
-    static constexpr int RING = 1024, OWN_AT = RING + WARPS * DEPTH * SLOT, SUMS_AT = OWN_AT + (OWN ? OWN_BYTES : 0);
-    static constexpr int KNOWN_AT = SUMS_AT + 4 * SUMS * BUFFERS, MASK_AT = KNOWN_AT + sizeof(Known);
-    static constexpr int BYTES = MASK_AT + (OWN ? OWN_BYTES / 8 : 0);
+    // From the bottom, after what the system takes: barriers, tiles, what is known, rings; own tokens, their mask.
+    static constexpr int TILES = 512, KNOWN = TILES + 2 * sizeof(Tile), RING = (KNOWN + sizeof(Known) + 1023) / 1024 * 1024;
+    static constexpr int OWN_AT = RING + WARPS * DEPTH * SLOT, BYTES = OWN_AT + (OWN ? OWN_BYTES + OWN_BYTES / 8 : 0);
+
+    static __device__ __forceinline__ int padded(const Operands& o) { return ((int)o.k + STAGE - 1) / STAGE * STAGE; }
 
     static __device__ __forceinline__ int order(int i) { return (i & 1) * 4 + (i >> 1); }
 
@@ -78,50 +85,61 @@ struct Skinny {
         return (column / BOX * rows + token) * BOX + (((column / 16 % 8) ^ token) << 4);
     }
 
-    // Calls for each vector of this warp's row of x, four loads under way at a time. Warps take a row, or share one.
-    template <class Each>
-    static __device__ __forceinline__ void for_vectors(const Operands& o, int last, Each each) {
-        constexpr int N = E::PER_VECTOR, UNROLL = 4;
-        const int warp = threadIdx.x / WARP, rows = kept(o), token = warp & (rows - 1), parts = WARPS / rows;
-        const int vectors = (int)o.k / N;
-        if (token >= o.m) return;
-        const uint4* const from = reinterpret_cast<const uint4*>((const storage*)o.x + token * o.k);
-        for (int first = warp / rows * WARP + threadIdx.x % WARP; first < last; first += parts * WARP * UNROLL) {
-            uint4 v[UNROLL];
+    // What a warp quantizes of x: a row, or a share of one. Vectors are whole: k is a multiple of 16.
+    struct Share {
+        const uint4* from;
+        int rows, token, first, step, vectors, padded;  // lanes take vectors first, first + step ...; past the last they are 0
+
+        __device__ __forceinline__ explicit Share(const Operands& o) : rows(kept(o)) {
+            const int warp = threadIdx.x / WARP;
+            token = warp & (rows - 1), first = warp / rows * WARP + threadIdx.x % WARP, step = WARPS / rows * WARP;
+            from = reinterpret_cast<const uint4*>((const storage*)o.x + token * o.k);
+            vectors = token < o.m ? (int)o.k / E::PER_VECTOR : 0, padded = token < o.m ? Skinny::padded(o) / E::PER_VECTOR : 0;
+        }
+
+        template <int COUNT>
+        __device__ __forceinline__ void load(uint4 (&v)[COUNT], int turn) const {
 #pragma unroll
-            for (int i = 0; i < UNROLL; i++) {
-                const int at = first + i * parts * WARP;
+            for (int i = 0; i < COUNT; i++) {
+                const int at = first + (turn * COUNT + i) * step;
                 v[i] = at < vectors ? from[at] : make_uint4(0, 0, 0, 0);
             }
-#pragma unroll
-            for (int i = 0; i < UNROLL; i++)
-                if (first + i * parts * WARP < last) each(token, first + i * parts * WARP, v[i]);
         }
-    }
+    };
 
-    // Quantizes the rows of x. Vectors are whole: k is a multiple of 16.
-    static __device__ __forceinline__ void quantize(const Problem& p, unsigned char* tokens, Known& known, unsigned* mask) {
+    // Quantizes the rows of x, COUNT vectors of a lane at a time; where these are all it has, they are read once.
+    template <int COUNT>
+    static __device__ __forceinline__ void quantize(const Problem& p, const Share& share, unsigned char* tokens, Known& known, unsigned* mask) {
         constexpr int N = E::PER_VECTOR;
-        const Operands& o = p.o;
-        const unsigned threshold = threshold_bits(p.threshold);
-        const int rows = kept(o), padded = ((int)o.k + STAGE - 1) / STAGE * STAGE;
-        if (threadIdx.x < TOKENS) known.absmax[threadIdx.x] = 0;
-        for (int i = threadIdx.x; i < ((int)o.k + 31) / 32; i += THREADS) mask[i] = 0;
-        __syncthreads();
+        const Threshold threshold(p.threshold);
+        const int turns = (share.padded - share.first + COUNT * share.step - 1) / (COUNT * share.step);
         unsigned largest = 0;
-        for_vectors(o, (int)o.k / N, [&](int, int at, const uint4& v) {
-            unsigned outliers = 0;
-            largest = max(largest, inner_absmax<E>(v, threshold, outliers));
-            if (outliers) atomicOr(mask + at * N / 32, outliers << at * N % 32);
-        });
+        uint4 v[COUNT];
+        for (int turn = 0; turn < turns; turn++) {
+            share.load(v, turn);
+#pragma unroll
+            for (int i = 0; i < COUNT; i++) {
+                unsigned outliers = 0;
+                largest = max(largest, take_outliers<E>(v[i], threshold, outliers));
+                const int at = share.first + (turn * COUNT + i) * share.step;
+                if (outliers) atomicOr(mask + at * N / 32, outliers << at * N % 32);
+            }
+        }
         largest = warp_max(largest);
-        if (threadIdx.x % WARP == 0) atomicMax(&known.absmax[threadIdx.x / WARP & (rows - 1)], largest);
+        if (threadIdx.x % WARP == 0) atomicMax(&known.absmax[share.token], largest);
         __syncthreads();
-        const RowCode code(known.absmax[threadIdx.x / WARP & (rows - 1)], threshold);
-        for_vectors(o, padded / N, [&](int token, int at, const uint4& v) {
-            i8* const to = reinterpret_cast<i8*>(tokens + own_place(token, at * N, rows) + at * N % 16);
-            write_codes<E>(to, v, code, code.ordinary && E::absmax(v) < threshold);
-        });
+        const RowCode code(known.absmax[share.token]);
+        for (int turn = 0; turn < turns; turn++) {
+            if (turns > 1) share.load(v, turn);
+#pragma unroll
+            for (int i = 0; i < COUNT; i++) {
+                const int at = share.first + (turn * COUNT + i) * share.step;
+                if (at >= share.padded) break;
+                unsigned outliers = 0;
+                if (turns > 1) take_outliers<E>(v[i], threshold, outliers);
+                write_codes<E>(reinterpret_cast<i8*>(tokens + own_place(share.token, at * N, share.rows) + at * N % 16), v[i], code);
+            }
+        }
     }
 
     static __device__ __forceinline__ float own_residual(const Operands& o, const unsigned char* tokens, const Known& known, int token,
@@ -133,27 +151,46 @@ struct Skinny {
         return __fsub_rn(x, __fmul_rn((float)code, __fmul_rn(scale, INVERSE_127)));
     }
 
-    // The first outlier columns and what the codes leave over of them.
+    // The first outlier columns and what the codes leave over of them. A thread takes a word of the mask at a time.
     static __device__ __forceinline__ void list_outliers(const Operands& o, const unsigned* mask, const unsigned char* tokens, Known& known) {
-        if (threadIdx.x < WARP) {
-            OutlierWalk walk(mask, o.k);
-            int total = 0, count = 0;
-            if (mask) {
-                do {
-                    i64 own;
-                    count = walk.next(own);
-                    if (threadIdx.x < count) known.columns[total + threadIdx.x] = (int)own;
-                    total += count;
-                } while (count == CHUNK && total < LIST);
+        const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, words = mask ? ((int)o.k + 31) / 32 : 0;
+        int total = 0, turn = 0;
+        for (int first = 0; first < words && total < LIST; first += THREADS, turn ^= 1) {
+            const int word = first + threadIdx.x;
+            unsigned bits = word < words ? mask[word] : 0;
+            int before = __popc(bits);  // up to this thread, within its warp
+#pragma unroll
+            for (int d = 1; d < WARP; d *= 2) {
+                const int other = __shfl_up_sync(FULL_WARP, before, d);
+                if (lane >= d) before += other;
             }
-            if (threadIdx.x == 0) known.count = total, known.more = count == CHUNK ? 1 : 0;
+            if (lane == WARP - 1) known.counts[turn][warp] = before;
+            before += total - __popc(bits);
+            __syncthreads();
+#pragma unroll
+            for (int w = 0; w < WARPS; w++) {
+                const int count = known.counts[turn][w];
+                total += count;
+                if (w < warp) before += count;
+            }
+            for (; bits && before < LIST; bits &= bits - 1) known.columns[before++] = word * 32 + __ffs(bits) - 1;
         }
+        if (threadIdx.x == 0) known.count = min(total, LIST), known.more = total >= LIST ? 1 : 0;
         __syncthreads();
         for (int i = threadIdx.x; i < known.count * TOKENS; i += THREADS) {
             const int token = i % TOKENS;
             if (token < o.m) known.residual[i / TOKENS][token] = own_residual(o, tokens, known, token, known.columns[i / TOKENS]);
         }
         __syncthreads();
+    }
+
+    // Asks for what a tile has in the listed columns, long before its end.
+    static __device__ __forceinline__ void ask_outliers(const Operands& o, const Known& known, Tile& tile, int row0) {
+        for (int i = threadIdx.x; i < known.count * ROWS; i += THREADS) {
+            const int column = known.columns[i / ROWS], row = row0 + i % ROWS;
+            if (row < o.n) copy_async4(shared_address(&tile.weight[i / ROWS][i % ROWS]), o.weight + (row * o.k + (column & ~3)));
+        }
+        commit_copies();
     }
 
     // Outlier columns that are not in the list, one result at a time.
@@ -163,13 +200,16 @@ struct Skinny {
             for (unsigned bits = mask[word]; bits; bits &= bits - 1) {
                 const int column = word * 32 + __ffs(bits) - 1;
                 if (column > known.columns[LIST - 1])
-                    value = __fmaf_rn(own_residual(o, tokens, known, token, column), outlier_weight(o, row, column, col_scale), value);
+                    value = __fmaf_rn(own_residual(o, tokens, known, token, column), outlier_weight(o.weight[row * o.k + column], col_scale), value);
             }
         }
         return value;
     }
 
-    static __device__ __forceinline__ void multiply(unsigned slot, unsigned own_tokens, int rows, int (&sum)[RT][NT][4]) {
+    // Halves have sums of their own where there are few: products that follow each other wait for each other.
+    static constexpr int CHAINS = RT * NT == 1 ? 2 : 1;
+
+    static __device__ __forceinline__ void multiply(unsigned slot, unsigned own_tokens, int rows, int (&sum)[CHAINS][RT][NT][4]) {
         const int lane = threadIdx.x % WARP, g = order(lane / 4), t = lane % 4;
 #pragma unroll
         for (int b = 0; b < BOXES; b++)
@@ -190,46 +230,51 @@ struct Skinny {
                     const unsigned first[4] = {u.x, l.x, u.y, l.y}, second[4] = {u.z, l.z, u.w, l.w};
 #pragma unroll
                     for (int j = 0; j < NT; j++)
-                        mma_s8(sum[r][j], first, tokens[j].x, tokens[j].y), mma_s8(sum[r][j], second, tokens[j].z, tokens[j].w);
+                        mma_s8(sum[0][r][j], first, tokens[j].x, tokens[j].y), mma_s8(sum[CHAINS - 1][r][j], second, tokens[j].z, tokens[j].w);
                 }
             }
     }
 
+    // What a thread's results have in common, of one row of W: asked for long before the end of a tile.
+    struct RowParts {
+        float col_scale, bias;
+
+        __device__ __forceinline__ RowParts(const Operands& o, int row)
+            : col_scale(row < o.n ? o.col_scale[row] : 0.0f),
+              bias(o.bias && row < o.n ? E::widen(((const storage*)o.bias)[row]) : 0.0f) {}
+    };
+    static_assert(THREADS % ROWS == 0, "they are of one row");
+
     // Adds the warps' sums of a tile, finishes them and writes them out.
-    static __device__ __forceinline__ void reduce(const Problem& p, int* sums, const unsigned char* tokens, const Known& known,
-                                                  const unsigned* mask, int row0, const int (&sum)[RT][NT][4]) {
+    static __device__ __forceinline__ void finish(const Problem& p, Tile& tile, const unsigned char* tokens, const Known& known,
+                                                  const unsigned* mask, int row0, const RowParts& parts, const int (&sum)[CHAINS][RT][NT][4]) {
         const Operands& o = p.o;
-        const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = order(lane / 4), t = lane % 4;
-        // Asked for before the warps meet.
-        float col_scale[ELEMENTS], bias[ELEMENTS];
-#pragma unroll
-        for (int i = 0; i < ELEMENTS; i++) {
-            const int row = row0 + (i * THREADS + threadIdx.x) % ROWS;
-            col_scale[i] = row < o.n ? o.col_scale[row] : 0.0f;
-            bias[i] = o.bias && row < o.n ? E::widen(((const storage*)o.bias)[row]) : 0.0f;
-        }
-        if (BUFFERS == 1) __syncthreads();  // the sums before these have been read
+        const int lane = threadIdx.x % WARP, g = order(lane / 4), t = lane % 4;
 #pragma unroll
         for (int r = 0; r < RT; r++)
 #pragma unroll
             for (int j = 0; j < NT; j++)
 #pragma unroll
                 for (int q = 0; q < 4; q++)
-                    sums[(warp * TOKENS + j * 8 + order(t * 2 + q % 2)) * ROWS + r * 16 + g + q / 2 * 8] = sum[r][j][q];
+                    atomicAdd(&tile.sum[(j * 8 + order(t * 2 + q % 2)) * PITCH + r * 16 + g + q / 2 * 8],
+                              CHAINS == 1 ? sum[0][r][j][q] : sum[0][r][j][q] + sum[1][r][j][q]);
+        wait_for_copies<0>();
         __syncthreads();
 #pragma unroll
         for (int i = 0; i < ELEMENTS; i++) {
             const int e = i * THREADS + threadIdx.x, token = e / ROWS, row = row0 + e % ROWS;
-            if (token >= o.m || row >= o.n) continue;
-            int total = 0;
-#pragma unroll
-            for (int w = 0; w < WARPS; w++) total += sums[w * TOKENS * ROWS + e];
-            float value = scaled_sum(total, __uint_as_float(known.absmax[token]), col_scale[i]);
+            if (token >= o.m) break;
+            int& total = tile.sum[token * PITCH + e % ROWS];
+            float value = scaled_sum(total, __uint_as_float(known.absmax[token]), parts.col_scale);
+            total = 0;  // for the tile after the next
+            if (row >= o.n) continue;
 #pragma unroll 4
-            for (int c = 0; c < known.count; c++)
-                value = __fmaf_rn(known.residual[c][token], outlier_weight(o, row, known.columns[c], col_scale[i]), value);
-            if (known.more) value = more_outliers(o, mask, tokens, known, token, row, col_scale[i], value);
-            ((storage*)o.out)[(i64)token * o.n + row] = E::narrow(o.bias ? value + bias[i] : value);
+            for (int c = 0; c < known.count; c++) {
+                const i8 code = (i8)(tile.weight[c][e % ROWS] >> known.columns[c] % 4 * 8);
+                value = __fmaf_rn(known.residual[c][token], outlier_weight(code, parts.col_scale), value);
+            }
+            if (known.more) value = more_outliers(o, mask, tokens, known, token, row, parts.col_scale, value);
+            ((storage*)o.out)[(i64)token * o.n + row] = E::narrow(o.bias ? value + parts.bias : value);
         }
     }
 
@@ -239,30 +284,37 @@ struct Skinny {
         const unsigned base = shared_address(shared);
         const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
         const unsigned barriers = base + warp * DEPTH * 8, ring = base + RING + warp * DEPTH * SLOT, own_tokens = base + OWN_AT;
+        Tile* const kept_tiles = reinterpret_cast<Tile*>(shared + TILES);
+        Known& known = *reinterpret_cast<Known*>(shared + KNOWN);
         unsigned char* const tokens = shared + OWN_AT;
-        int* const sums = reinterpret_cast<int*>(shared + SUMS_AT);
-        Known& known = *reinterpret_cast<Known*>(shared + KNOWN_AT);
-        unsigned* const own_mask = reinterpret_cast<unsigned*>(shared + MASK_AT);
+        unsigned* const own_mask = reinterpret_cast<unsigned*>(tokens + kept(o) * padded(o));
         const unsigned* const mask = OWN ? (p.threshold > 0.0f ? own_mask : nullptr) : o.mask;
 
-        const int stages = ((int)o.k + STAGE - 1) / STAGE, per = (stages + WARPS - 1) / WARPS, rows = kept(o);
+        const int stages = padded(o) / STAGE, per = (stages + WARPS - 1) / WARPS, rows = kept(o);
         const int tiles = ((int)o.n + ROWS - 1) / ROWS, first = blockIdx.x;
         const int own = first < tiles ? (tiles - first + gridDim.x - 1) / gridDim.x : 0;
         Place asked{first * ROWS, warp};
         int left = own * per;
+        let_next_kernel_start();
         if (lane == 0) {
-#pragma unroll
             for (int d = 0; d < DEPTH; d++) init_mbarrier(barriers + d * 8, 1);
             publish_mbarriers();
             prefetch_map(&p.weight);
             if (!OWN) prefetch_map(&p.codes);
-            // Reading W must wait, bringing it near need not: a later write is seen in the L2 cache all the same.
+            // Reading W must wait, bringing it near need not: a later write is seen in the L2 cache all the same. It pays where the rows
+            // are being quantized meanwhile.
             Place near = asked;
-            for (int d = 0; d < min(DEPTH, left); d++) {
+            for (int d = 0; !OWN && d < min(DEPTH, left); d++) {
 #pragma unroll
                 for (int b = 0; b < BOXES; b++) prefetch_box(&p.weight, near.stage * STAGE + b * BOX, near.row0);
                 near.next(warp, per);
             }
+        }
+        for (int i = threadIdx.x; i < TOKENS * PITCH; i += THREADS) kept_tiles[0].sum[i] = kept_tiles[1].sum[i] = 0;
+        if (OWN) {
+            if (threadIdx.x < TOKENS) known.absmax[threadIdx.x] = 0;
+            for (int i = threadIdx.x; i < ((int)o.k + 31) / 32; i += THREADS) own_mask[i] = 0;
+            __syncthreads();
         }
         __syncwarp();
         wait_for_previous_kernel();
@@ -272,23 +324,28 @@ struct Skinny {
             asked.next(warp, per);
             left--;
         };
-        if (lane == 0) {
-#pragma unroll
+        if (lane == 0)
             for (int d = 0; d < DEPTH; d++) ask_next(d);
-        }
         __syncwarp();
-        let_next_kernel_start();
         clear_ready(o);
-        if (OWN)
-            quantize(p, tokens, known, own_mask);
-        else if (threadIdx.x < TOKENS)
+        if (OWN) {
+            const Share share(o);
+            if (padded(o) / E::PER_VECTOR <= 4 * share.step)
+                quantize<4>(p, share, tokens, known, own_mask);
+            else
+                quantize<16>(p, share, tokens, known, own_mask);
+        } else if (threadIdx.x < TOKENS) {
             known.absmax[threadIdx.x] = threadIdx.x < o.m ? __float_as_uint(o.row_scale[threadIdx.x]) : 0;
+        }
         __syncthreads();
         list_outliers(o, mask, tokens, known);
 
-        int slot = 0, phase = 0, parity = 0;
+        int slot = 0, phase = 0;
         for (int tile = 0; tile < own; tile++) {
-            int sum[RT][NT][4] = {};
+            const int row0 = (first + tile * gridDim.x) * ROWS;
+            ask_outliers(o, known, kept_tiles[tile & 1], row0);
+            const RowParts parts(o, row0 + threadIdx.x % ROWS);
+            int sum[CHAINS][RT][NT][4] = {};
             for (int i = 0; i < per; i++) {
                 const int stage = i * WARPS + warp;
                 wait_mbarrier(barriers + slot * 8, phase);
@@ -298,8 +355,7 @@ struct Skinny {
                 if (lane == 0) ask_next(slot);
                 if (++slot == DEPTH) slot = 0, phase ^= 1;
             }
-            reduce(p, sums + parity * SUMS, tokens, known, mask, (first + tile * gridDim.x) * ROWS, sum);
-            parity ^= BUFFERS - 1;
+            finish(p, kept_tiles[tile & 1], tokens, known, mask, row0, parts, sum);
         }
     }
 };

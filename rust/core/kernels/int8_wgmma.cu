@@ -23,7 +23,8 @@ struct Problem {
     Operands o;
 };
 
-template <class E, int COLUMNS, int SLOTS>
+// FEW_REGISTERS: half of them, so that blocks that quantize the next rows find room beside this one.
+template <class E, int COLUMNS, int SLOTS, bool FEW_REGISTERS>
 struct Wide {
     typedef typename E::storage storage;
     static constexpr int SUMS = COLUMNS / 2;  // of a thread
@@ -126,7 +127,7 @@ struct Wide {
                     for (int c = 0; c < CHUNK; c++) {
                         const i64 column = __shfl_sync(FULL_WARP, own, c);
                         float v = 0.0f;
-                        if (inside && c < count) v = of_a ? residual<E>(o, index, column, scale) : outlier_weight(o, index, column, scale);
+                        if (inside && c < count) v = of_a ? residual<E>(o, index, column, scale) : outlier_weight(o.weight[index * o.k + column], scale);
                         (of_a ? to.residual[c] + i : to.weight[c] + (i - COLUMNS))[0] = v;
                     }
                 }
@@ -252,18 +253,18 @@ struct Wide {
             prefetch_map(&p.weight), prefetch_map(&p.codes);
             prefetch_weight(p, split, rank);
         }
-        wait_for_previous_kernel();
         let_next_kernel_start();
+        wait_for_previous_kernel();
         clear_ready(p.o);
         cluster_sync();
         if (threadIdx.x >= CONSUMERS) {
-            release_registers<72>();
+            release_registers<FEW_REGISTERS ? 64 : 72>();
             if (threadIdx.x >= THREADS - GATHERERS)
                 gather(p.o, split, extras, barriers, rank);
             else if (threadIdx.x == CONSUMERS)
                 produce(p, split, base, barriers, rank);
         } else {
-            take_registers<216>();
+            take_registers<FEW_REGISTERS ? 88 : 216>();
             consume(p, split, base, extras, barriers, rank);
         }
         // Neither block leaves while the other may still write to it.
@@ -272,14 +273,14 @@ struct Wide {
     }
 };
 
-#define WIDE(DTYPE, E, COLUMNS, SLOTS)                                                                                   \
-    extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1)                             \
+#define WIDE(DTYPE, E, COLUMNS, SLOTS, FEW_REGISTERS)                                                                    \
+    extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, FEW_REGISTERS ? 2 : 1)         \
         int8_wide_##COLUMNS##_##DTYPE(const __grid_constant__ Problem p, const Split split) {                            \
-        typedef Wide<E, COLUMNS, SLOTS> Instance;                                                                        \
+        typedef Wide<E, COLUMNS, SLOTS, FEW_REGISTERS> Instance;                                                         \
         static_assert(Instance::BYTES <= 227 * 1024, "shared memory");                                                   \
         Instance::run(p, split);                                                                                         \
     }
-#define WIDES(DTYPE, E) WIDE(DTYPE, E, 64, 8) WIDE(DTYPE, E, 128, 6) WIDE(DTYPE, E, 256, 4)
+#define WIDES(DTYPE, E) WIDE(DTYPE, E, 64, 8, true) WIDE(DTYPE, E, 128, 6, false) WIDE(DTYPE, E, 256, 4, false)
 WIDES(f32, F32)
 WIDES(f16, F16)
 WIDES(bf16, BF16)

@@ -195,6 +195,15 @@ __device__ __forceinline__ void copy_async(unsigned to, const void* from, int by
 #endif
 }
 
+// Copies 4 bytes from global to shared memory in the same way.
+__device__ __forceinline__ void copy_async4(unsigned to, const void* from) {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
+#else
+    asm volatile("st.shared.u32 [%0], %1;" ::"r"(to), "r"(*reinterpret_cast<const unsigned*>(from)) : "memory");
+#endif
+}
+
 // Closes a group of this thread's copies.
 __device__ __forceinline__ void commit_copies() {
 #if __CUDA_ARCH__ >= 800

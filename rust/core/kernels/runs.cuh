@@ -54,7 +54,7 @@ struct Schedule {
     }
 };
 
-    // Four sums of a thread, as they lie in memory, where those of its neighbours follow.
+// Four sums of a thread, as they lie in memory, where those of its neighbours follow.
 template <class T>
 struct alignas(16) Four {
     T a, b, c, d;
@@ -78,28 +78,44 @@ __device__ __forceinline__ void leave_part(const Split& split, int cluster, unsi
     if (threadIdx.x % WARP == 0) store_release(part_flag(split, cluster, rank), split.token);
 }
 
+// Adds the parts of the clusters `top` - i for the bits i of `which`, in this order.
 template <int CONSUMERS, class T, int SUMS>
-__device__ __forceinline__ void add_part(const Split& split, int cluster, unsigned rank, T (&sum)[SUMS]) {
-    unsigned long long* const here = part_flag(split, cluster, rank);
-    while (load_acquire(here) != split.token) {}
-    const Four<T>* const from = part<T, SUMS, CONSUMERS>(split, cluster, rank);
+__device__ __forceinline__ void add_some(const Split& split, int top, unsigned which, unsigned rank, T (&sum)[SUMS]) {
+    constexpr int TOGETHER = SUMS / 4 < 8 ? SUMS / 4 : 8;  // fours that are on their way at a time
+    for (; which; which &= which - 1) {
+        const Four<T>* const from = part<T, SUMS, CONSUMERS>(split, top - __ffs(which) + 1, rank);
 #pragma unroll
-    for (int i = 0; i < SUMS / 4; i++) {
-        const Four<T> v = from[i * CONSUMERS];
-        sum[4 * i] += v.a, sum[4 * i + 1] += v.b, sum[4 * i + 2] += v.c, sum[4 * i + 3] += v.d;
+        for (int first = 0; first < SUMS / 4; first += TOGETHER) {
+            Four<T> v[TOGETHER];
+#pragma unroll
+            for (int i = 0; i < TOGETHER; i++) v[i] = from[(first + i) * CONSUMERS];
+#pragma unroll
+            for (int i = 0; i < TOGETHER; i++) {
+                T* const to = &sum[4 * (first + i)];
+                to[0] += v[i].a, to[1] += v[i].b, to[2] += v[i].c, to[3] += v[i].d;
+            }
+        }
     }
-    __syncwarp();  // all have read: the flag must not be found again when the same launch is replayed
-    if (threadIdx.x % WARP == 0) *here = 0;
 }
 
-// What the clusters before have of a piece's tile, down to its first slot.
+// What the clusters before have of a piece's tile, down to its first slot. Lanes wait for a part each.
 template <int CONSUMERS, class T, int SUMS>
 __device__ __forceinline__ void add_parts(const Split& split, const Schedule& schedule, const Piece& piece, unsigned rank, T (&sum)[SUMS]) {
+    if (piece.first == 0) return;
     const i64 start = (i64)(piece.tile - schedule.rounds * schedule.clusters) * schedule.slots;
-    i64 bound = start + piece.first;
-    for (int other = schedule.cluster - 1; bound > start; other--) {
-        const i64 begin = schedule.bound(other);
-        if (begin < bound) add_part<CONSUMERS>(split, other, rank, sum);
-        bound = begin;
+    bool all = false;
+    for (int top = schedule.cluster - 1; !all; top -= WARP) {
+        const int other = top - (int)(threadIdx.x % WARP);
+        const i64 end = other < 0 ? 0 : schedule.bound(other + 1);
+        const bool has = end > start && schedule.bound(other) < end;
+        unsigned long long* const here = part_flag(split, other, rank);
+        if (has)
+            while (load_acquire(here) != split.token) {}
+        const unsigned which = __ballot_sync(FULL_WARP, has);
+        all = __any_sync(FULL_WARP, end <= start);
+        __syncwarp();  // what lanes have acquired, all see
+        add_some<CONSUMERS>(split, top, which, rank, sum);
+        __syncwarp();  // all have read: the flags must not be found again when the same launch is replayed
+        if (has) *here = 0;
     }
 }

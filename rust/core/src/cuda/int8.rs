@@ -255,12 +255,14 @@ struct Layout {
 }
 
 const ALIGNMENT: usize = 256;
+/// Of kernels/int8.cuh's flags, `FLAGS` times `FLAG_STRIDE` numbers.
+const FLAG_BYTES: usize = 16 * 16 * 8;
 
 impl Layout {
-    /// The flag that the mask is cleared lies first.
+    /// The flags that the mask is cleared lie first.
     fn new(m: usize, k: usize) -> Self {
         let after = |start: usize, bytes: usize| (start + bytes).next_multiple_of(ALIGNMENT);
-        let mask = ALIGNMENT;
+        let mask = FLAG_BYTES;
         let scales = after(mask, 4 * k.div_ceil(32));
         let codes = after(scales, 4 * m);
         Self { mask, scales, codes, parts: after(codes, m * k) }

