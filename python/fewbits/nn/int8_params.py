@@ -17,10 +17,14 @@ __all__ = ["Int8Params"]
 class Scales:
     """In the place of a prepared weight that there is none of: the scales, for another layer of the same weight."""
 
-    __slots__ = ("scales", "scales_address")
+    __slots__ = ("scales",)
 
     def __init__(self, scales: torch.Tensor) -> None:
-        self.scales, self.scales_address = scales, -1  # nobody's: the short way is not taken
+        self.scales = scales
+
+    def describes(self, CB: torch.Tensor, SCB: torch.Tensor) -> bool:
+        """Return False: the short way is not taken."""
+        return False
 
 
 class Int8Params(QuantizedParameter):
