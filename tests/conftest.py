@@ -29,6 +29,11 @@ np.set_printoptions(threshold=16)
 torch.set_printoptions(threshold=16)
 
 
+if os.environ.get("FEWBITS_BACKEND"):  # what passes does so without native code
+    from portable_mode import refuse_native
+
+    refuse_native()
+
 # About native code: its calls, its ways to be fast, its memory, its sums that are the same in any company.
 NATIVE_FILES = {
     *("test_blockwise_cuda", "test_int8_cuda", "test_int8_native", "test_matmul4_cpu", "test_optim_control"),
@@ -37,6 +42,7 @@ NATIVE_FILES = {
 }
 NATIVE_TESTS = {
     *("test_native_arguments", "test_the_short_way_is_taken", "test_every_simd_path_gives_the_same_bytes"),
+    "test_wrong_device_index",
     *("test_memory_on_the_cpu", "test_peak_memory", "test_a_row_does_not_depend_on_the_others"),
 }
 

@@ -25,6 +25,12 @@ def _refuse(*args: object, **kwargs: object) -> Any:
     raise AssertionError("native code was called")
 
 
+def refuse_native() -> None:
+    """Let every native call fail from now on."""
+    for name in _WORKING:
+        setattr(_native, name, _refuse)
+
+
 @contextlib.contextmanager
 def portable(piece: int = blockwise.PIECE) -> Iterator[None]:
     """Serve every device by plain torch operations, as FEWBITS_BACKEND=portable does; native calls fail."""
