@@ -27,7 +27,7 @@ START := $(or $(START),$(shell date +%s))
 export START
 say = @printf '\n== %s (%ss)\n' "$(1)" "$$(($$(date +%s) - START))"
 
-.PHONY: help setup demo test test-rust format lint types sdist wheel kernels-check bench all clean
+.PHONY: help setup demo test test-portable test-rust format lint types sdist wheel kernels-check bench all clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -84,6 +84,16 @@ test: setup ## run the Python tests on the installed wheel
 	$(call say,tests)
 	cd tests && FEWBITS_DIST="$(CURDIR)/$(DIST)" $(PY) -m pytest $(PYTEST_ARGS)
 
+# The whole API, without what is about native code (conftest.py) or takes long and adds nothing.
+PORTABLE_TESTS := $(addprefix test_,$(addsuffix .py,functional_api blockwise double_quant quant_state golden params4bit \
+	linear4bit linear4bit_state linear4bit_values embedding4bit embedding8bit matmul4 compile ops_registration \
+	int8_functional linear8bit linear8bit_state linear8bit_training linear8bit_compile \
+	optim_8bit optim_interface optim_state optim_together optim_torch optim_use))
+
+test-portable: setup ## run the tests of the API on plain torch operations, which devices without native code get
+	$(call say,tests on plain torch operations)
+	cd tests && FEWBITS_BACKEND=portable $(PY) -m pytest $(PORTABLE_TESTS) $(PYTEST_ARGS)
+
 # ---- checks --------------------------------------------------------------------------------------------------------
 
 format: $(VENV)/.tools ## format everything
@@ -131,6 +141,7 @@ all: ## everything that CI runs
 	$(MAKE) --no-print-directory kernels-check
 	$(MAKE) --no-print-directory demo
 	$(MAKE) --no-print-directory test
+	$(MAKE) --no-print-directory test-portable
 
 clean: ## remove what make built, the environment included
 	rm -rf $(VENV) $(DIST) target

@@ -1,6 +1,7 @@
 """Fixtures and settings shared by all tests.
 
-Tests marked ``cuda`` are skipped where torch sees no GPU, and tests marked ``slow`` unless ``FEWBITS_SLOW=1``.
+Tests marked ``cuda`` are skipped where torch sees no GPU, and tests marked ``slow`` unless ``FEWBITS_SLOW=1``. With
+``FEWBITS_BACKEND=portable``, which gives every device plain torch operations, tests about native code are skipped.
 ``HYPOTHESIS_PROFILE`` picks ``ci`` (the same examples on every run; the default), ``dev`` (random) or ``deep`` (many).
 """
 
@@ -28,7 +29,28 @@ np.set_printoptions(threshold=16)
 torch.set_printoptions(threshold=16)
 
 
+if os.environ.get("FEWBITS_BACKEND"):  # what passes does so without native code
+    from portable_mode import refuse_native
+
+    refuse_native()
+
+# About native code: its calls, its ways to be fast, its memory, its sums that are the same in any company.
+NATIVE_FILES = {
+    *("test_blockwise_cuda", "test_int8_cuda", "test_int8_native", "test_matmul4_cpu", "test_optim_control"),
+    *("test_optim_cuda", "test_optim_native", "test_optim_paging", "test_panel", "test_prepared", "test_wheel"),
+    "test_prepared_gradient",
+}
+NATIVE_TESTS = {
+    *("test_native_arguments", "test_the_short_way_is_taken", "test_every_simd_path_gives_the_same_bytes"),
+    "test_wrong_device_index",
+    *("test_memory_on_the_cpu", "test_peak_memory", "test_a_row_does_not_depend_on_the_others"),
+}
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
+    name = item.name.partition("[")[0]
+    if os.environ.get("FEWBITS_BACKEND") and (item.path.stem in NATIVE_FILES or name in NATIVE_TESTS):
+        pytest.skip("about native code")
     if item.get_closest_marker("cuda") and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     if item.get_closest_marker("slow") and os.environ.get("FEWBITS_SLOW") != "1":

@@ -321,6 +321,13 @@ def test_int8_rows_formula(dtype: torch.dtype) -> None:
     assert np.array_equal(scale.numpy(), largest)
 
 
+def test_int8_rows_are_those_of_the_functions() -> None:
+    """Elements of 8 bits lie halfway between codes often enough to tell how the factor was rounded."""
+    weight = torch.randn(50_000, 16, generator=torch.Generator().manual_seed(2)).bfloat16()
+    codes, scale, _ = F.int8_vectorwise_quant(weight)
+    assert all(torch.equal(a, b) for a, b in zip(quantize_int8_rows(weight), (codes, scale), strict=True))
+
+
 def test_int8_rows_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = torch.randn(50, 16)
     whole = quantize_int8_rows(weight)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from fewbits import _native
+from fewbits._backend import IS_NATIVE_EVERYWHERE, NATIVE_TYPES
 from fewbits._checks import BLOCKSIZES, DTYPES, QUANT_TYPES
 from fewbits._launch import PLAIN_TYPES, is_observed
 from fewbits.codebook import is_default_map
@@ -163,14 +164,21 @@ def _empty(A: torch.Tensor, shape: Sequence[int], dtype: torch.dtype | None) -> 
     return A.new_empty(shape, dtype=dtype)
 
 
-def target_of(A: torch.Tensor) -> tuple[int, int] | None:
-    """Return the native device and queue of a dense tensor."""
+def _target_of(A: torch.Tensor) -> tuple[int, int] | None:
+    """Return the native device and queue of a dense tensor, None if it has none."""
     if A.layout is not _strided:
         return None
     if A.is_cuda:
         ordinal = A.get_device()
         return ordinal, torch._C._cuda_getCurrentRawStream(ordinal)
     return (-1, _get_num_threads()) if A.is_cpu else None
+
+
+def _target_of_if_native(A: torch.Tensor) -> tuple[int, int] | None:
+    return _target_of(A) if A.device.type in NATIVE_TYPES else None
+
+
+target_of = _target_of if IS_NATIVE_EVERYWHERE else _target_of_if_native
 
 
 def fits(tensor: torch.Tensor, dtype: torch.dtype | None, count: int, ordinal: int) -> bool:

@@ -58,7 +58,7 @@ def quantize_int8_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
     for begin in range(0, rows, step):
         x = torch.nan_to_num(weight[begin : begin + step].float(), nan=0.0, posinf=largest, neginf=-largest)
         scale = torch.maximum(x.amax(dim=1), -x.amin(dim=1)).abs()
-        factor = 127 / scale
+        factor = torch.full_like(scale, 127.0).div_(scale)  # `127 / scale` rounds twice: a reciprocal, a product
         # Rows whose maximum lies below 127 / FLT_MAX have no finite factor; zero rows stay zero.
         small = torch.isinf(factor)
         divisor = scale.where(small & (scale > 0), 1.0)

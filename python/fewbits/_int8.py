@@ -10,9 +10,11 @@ import torch
 
 from fewbits import _checks_int8 as checks
 from fewbits import _native
+from fewbits._backend import PORTABLE, is_portable
 from fewbits._checks import DTYPES, check_buffer, check_dtype
 from fewbits._launch import as_float32, deliver, dense, share_memory, target, target_queue
 from fewbits._panel import Bound, multiply_panels, multiply_panels_transposed
+from fewbits.portable import int8 as portable
 
 
 def int8_quantize_rows(A: torch.Tensor, threshold: float = 0.0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -26,6 +28,10 @@ def int8_quantize_rows(A: torch.Tensor, threshold: float = 0.0) -> tuple[torch.T
     if not codes.numel():
         return codes, row_stats.zero_(), mask
     x = dense(A)
+    ordinal, queue = target_queue(device)
+    if ordinal == PORTABLE:
+        portable.quantize_rows(x, float(threshold), codes, row_stats, mask if threshold > 0 else None)
+        return codes, row_stats, mask
     _native.int8_quantize_rows(
         x.data_ptr(),
         m,
@@ -35,7 +41,8 @@ def int8_quantize_rows(A: torch.Tensor, threshold: float = 0.0) -> tuple[torch.T
         codes.data_ptr(),
         row_stats.data_ptr(),
         mask.data_ptr() if threshold > 0 else 0,
-        *target_queue(device),
+        ordinal,
+        queue,
     )
     return codes, row_stats, mask
 
@@ -62,6 +69,9 @@ def int8_linear(
     x, codes, scales = dense(A), dense(CB), as_float32(SCB)
     added = None if bias is None else dense(bias)
     ordinal, queue = target_queue(A.device)
+    if ordinal == PORTABLE:
+        portable.linear(x, codes, scales, float(threshold), added, result)
+        return deliver(result, out)
     size = _native.int8_linear_workspace_size(m, n, k, threshold > 0, ordinal)
     workspace = torch.empty((size,), dtype=torch.uint8, device=A.device)
     _native.int8_linear(
@@ -92,7 +102,11 @@ def int8_linear_matmul(A: torch.Tensor, B: torch.Tensor, out: torch.Tensor | Non
         result.zero_()
     elif result.numel():
         a, b = dense(A), dense(B)
-        _native.int8_matmul_int32(a.data_ptr(), m, k, b.data_ptr(), n, result.data_ptr(), *target_queue(A.device))
+        ordinal, queue = target_queue(A.device)
+        if ordinal == PORTABLE:
+            portable.matmul_int32(a.view(m, k), b, result.view(m, n))
+        else:
+            _native.int8_matmul_int32(a.data_ptr(), m, k, b.data_ptr(), n, result.data_ptr(), ordinal, queue)
     return deliver(result, out)
 
 
@@ -144,6 +158,10 @@ def _matmul(
     rows, columns = as_float32(row_stats), as_float32(col_stats)
     bits = None if mask is None else dense(mask)
     added = None if bias is None else dense(bias)
+    ordinal, queue = target_queue(codes.device)
+    if ordinal == PORTABLE:
+        portable.matmul(values, a, rows, b, columns, bits, added, result)
+        return result
     _native.int8_matmul(
         0 if values is None else values.data_ptr(),
         DTYPES[dtype],
@@ -157,7 +175,8 @@ def _matmul(
         0 if bits is None else bits.data_ptr(),
         0 if added is None else added.data_ptr(),
         result.data_ptr(),
-        *target_queue(codes.device),
+        ordinal,
+        queue,
     )
     return result
 
@@ -171,6 +190,10 @@ def int8_vectorwise_dequant(A: torch.Tensor, stats: torch.Tensor, dtype: torch.d
     if values.numel():
         n, k = A.shape[:-1].numel(), A.shape[-1]
         codes, scales = dense(A), as_float32(stats)
+        ordinal, queue = target_queue(A.device)
+        if ordinal == PORTABLE:
+            portable.Weight(codes, scales).write_panel(0, n, 0, k, values.view(-1))
+            return values
         _native.int8_dequantize_panel(
             codes.data_ptr(),
             n,
@@ -182,7 +205,8 @@ def int8_vectorwise_dequant(A: torch.Tensor, stats: torch.Tensor, dtype: torch.d
             k,
             values.data_ptr(),
             DTYPES[dtype],
-            *target_queue(A.device),
+            ordinal,
+            queue,
         )
     return values
 
@@ -215,6 +239,8 @@ def bind(CB: torch.Tensor, SCB: torch.Tensor) -> Bound:
     """Return the addresses and sizes of a weight whose parts have been checked."""
     codes, scales = dense(CB), as_float32(SCB)
     n, k = codes.shape
+    if is_portable(scales.device):
+        return Bound(portable.Weight(codes, scales), (n, k), (), "")
     native = (codes.data_ptr(), n, k, scales.data_ptr())
     return Bound(native, (n, k), (codes, scales), "int8_dequantize_panel")
 

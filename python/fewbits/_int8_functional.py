@@ -13,6 +13,7 @@ import torch
 
 from fewbits import _checks, _int8, _int8_ops, _launch
 from fewbits import _checks_int8 as checks
+from fewbits.portable.int8 import pack_mask, unpack_mask
 
 __all__ = [
     "int8_double_quant",
@@ -69,25 +70,16 @@ def int8_vectorwise_quant(
     codes, row_stats, mask = _backend(A).int8_quantize_rows(A, threshold)
     if not threshold > 0 or not return_outliers:
         return codes, row_stats, None
-    columns = _columns(mask, A.shape[-1])
+    columns = unpack_mask(mask, A.shape[-1])
     outlier_cols = columns.nonzero().flatten()
     if codes.dim() > 1 and row_stats.numel() > 1:  # of one row all outliers are 0 as it is
         codes = codes.masked_fill_(columns, 0)
     return codes, row_stats, outlier_cols
 
 
-def _columns(mask: torch.Tensor, k: int) -> torch.Tensor:
-    """Return a bitmask as one bool a column."""
-    shifts = torch.arange(32, dtype=torch.int32, device=mask.device)
-    return ((mask.unsqueeze(1) >> shifts) & 1).flatten()[:k].bool()
-
-
 def _bitmask(columns: torch.Tensor, k: int) -> torch.Tensor:
     """Return a list of columns as a bitmask, without a look at it from the host."""
-    bits = torch.zeros(checks.mask_words(k) * 32, dtype=torch.int64, device=columns.device)
-    bits = bits.index_fill(0, columns, 1).view(-1, 32)
-    shifts = torch.arange(32, dtype=torch.int64, device=columns.device)
-    return (bits << shifts).sum(1).to(torch.int32)  # the topmost bit wraps to the sign, as it should
+    return pack_mask(torch.zeros(k, dtype=torch.bool, device=columns.device).index_fill(0, columns, True))
 
 
 def int8_vectorwise_dequant(A: torch.Tensor, stats: torch.Tensor) -> torch.Tensor:
@@ -198,7 +190,7 @@ def int8_linear_matmul(
     Parameters
     ----------
     A : torch.Tensor
-        int8, shape ``(..., K)``.
+        int8, shape ``(..., K)``. K is at most 131071: the sum of so many products fits int32.
     B : torch.Tensor
         int8, shape ``(N, K)``.
     out : torch.Tensor, optional
@@ -209,7 +201,7 @@ def int8_linear_matmul(
     Returns
     -------
     torch.Tensor
-        int32, shape ``(..., N)``, or `out`. Sums past 2**31 (from K = 133144 on) wrap around.
+        int32, shape ``(..., N)``, or `out`.
 
     Raises
     ------

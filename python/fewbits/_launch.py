@@ -15,6 +15,7 @@ from torch.autograd import forward_ad
 from torch.utils._device import DeviceContext
 
 from fewbits import _native
+from fewbits._backend import IS_NATIVE_EVERYWHERE, NATIVE_TYPES, PORTABLE
 from fewbits._checks import (
     DTYPES,
     NESTED_BLOCKSIZE,
@@ -30,6 +31,7 @@ from fewbits._checks import (
     storage_count,
 )
 from fewbits.codebook import TABLES, is_default_map
+from fewbits.portable import blockwise, fourbit, tables
 
 # Two codes of 0.0: what pads the last storage element of a `quant_storage` wider than a byte.
 _PAD_BYTES = {name: TABLES[name].index(0.0) * 0x11 for name in QUANT_TYPES}
@@ -111,12 +113,23 @@ def share_memory(tensor: torch.Tensor, other: torch.Tensor | None) -> bool:
     return other is not None and tensor.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
 
 
-def target_queue(device: torch.device) -> tuple[int, int]:
-    """Return a device as native code names it, and where its work goes: a CUDA stream, or a number of threads."""
-    if device.type == "cuda":
+def _target_queue(device: torch.device) -> tuple[int, int]:
+    """Return a device as native code names it, and where its work goes: a CUDA stream, or a number of threads.
+
+    PORTABLE and 0 where native code has nothing to say.
+    """
+    kind = device.type
+    if kind == "cuda":
         index = device.index
         return index, torch._C._cuda_getCurrentRawStream(index)
-    return -1, torch.get_num_threads()
+    return (-1, torch.get_num_threads()) if kind == "cpu" else (PORTABLE, 0)
+
+
+def _target_queue_if_native(device: torch.device) -> tuple[int, int]:
+    return _target_queue(device) if device.type in NATIVE_TYPES else (PORTABLE, 0)
+
+
+target_queue = _target_queue if IS_NATIVE_EVERYWHERE else _target_queue_if_native
 
 
 def codes_target(
@@ -160,8 +173,10 @@ def quantize_4bit(
     x = dense(A)
     codes = codes_target(n, quant_type, quant_storage, device, out)
     maxima = target(absmax, (blocks,), torch.float32, device)
-    if n:
-        ordinal, queue = target_queue(device)
+    ordinal, queue = target_queue(device)
+    if n and ordinal == PORTABLE:
+        fourbit.quantize(x, quant_type, blocksize, codes, maxima)
+    elif n:
         _native.quantize_4bit(
             x.data_ptr(),
             n,
@@ -192,9 +207,12 @@ def quantize_4bit_nested(
     if not n:
         return deliver(codes, out), absmax_codes, nested_absmax, torch.zeros((), dtype=torch.float32, device=device)
     offset = torch.empty((), dtype=torch.float32, device=device)
+    ordinal, queue = target_queue(device)
+    if ordinal == PORTABLE:
+        fourbit.quantize_nested(x, quant_type, blocksize, codes, absmax_codes, nested_absmax, offset)
+        return deliver(codes, out), absmax_codes, nested_absmax, offset
     size = _native.nested_workspace_size(n, blocksize)
     workspace = torch.empty((size,), dtype=torch.uint8, device=device)
-    ordinal, queue = target_queue(device)
     _native.quantize_4bit_nested(
         x.data_ptr(),
         n,
@@ -229,8 +247,10 @@ def dequantize_4bit(
         check_buffer("out", out, dtype, n, f"shape {tuple(shape)}", A)
     packed, maxima = dense(A), as_float32(absmax)
     values = target(out, shape, dtype, device)
-    if n:
-        ordinal, queue = target_queue(device)
+    ordinal, queue = target_queue(device)
+    if n and ordinal == PORTABLE:
+        fourbit.dequantize(packed, maxima, quant_type, blocksize, values)
+    elif n:
         _native.dequantize_4bit(
             packed.data_ptr(),
             n,
@@ -268,8 +288,11 @@ def dequantize_4bit_nested(
     address, _code = code_address(nested_code)
     maxima, mean = as_float32(nested_absmax), as_float32(offset)
     values = target(out, shape, dtype, device)
-    if n:
-        ordinal, queue = target_queue(device)
+    ordinal, queue = target_queue(device)
+    if n and ordinal == PORTABLE:
+        decoded = fourbit.nested_maxima(absmax_codes, nested_code, maxima, nested_blocksize, mean)
+        fourbit.dequantize(packed, decoded, quant_type, blocksize, values)
+    elif n:
         _native.dequantize_4bit_nested(
             packed.data_ptr(),
             n,
@@ -307,8 +330,10 @@ def quantize_blockwise(
     address, _code = code_address(code)
     codes = target(out, A.shape, torch.uint8, device)
     maxima = target(absmax, (blocks,), torch.float32, device)
-    if n:
-        ordinal, queue = target_queue(device)
+    ordinal, queue = target_queue(device)
+    if n and ordinal == PORTABLE:
+        blockwise.quantize(x, tables.of(code, device), blocksize, codes, maxima)
+    elif n:
         _native.quantize_blockwise(
             x.data_ptr(),
             n,
@@ -339,8 +364,10 @@ def dequantize_blockwise(
     packed, maxima = dense(A), as_float32(absmax)
     address, _code = code_address(code)
     values = target(out, A.shape, dtype, device)
-    if n:
-        ordinal, queue = target_queue(device)
+    ordinal, queue = target_queue(device)
+    if n and ordinal == PORTABLE:
+        blockwise.dequantize(packed, maxima, tables.of(code, device).values, blocksize, values)
+    elif n:
         _native.dequantize_blockwise(
             packed.data_ptr(),
             n,

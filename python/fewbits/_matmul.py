@@ -16,6 +16,7 @@ from math import prod
 import torch
 
 from fewbits import _native
+from fewbits._backend import PORTABLE
 from fewbits._checks import DTYPES, check_buffer, check_matmul_4bit
 from fewbits._launch import deliver, dense, share_memory, target, target_queue
 from fewbits._panel import bind, multiply_panels, multiply_panels_transposed
@@ -55,13 +56,14 @@ def matmul_4bit(
     added = None if bias is None else dense(bias)
     number = DTYPES.get(A.dtype)
     if number is not None:
-        bias_address = 0 if added is None else added.data_ptr()
         ordinal, queue = target_queue(A.device)
-        scratch = workspace(x, x.shape[0], n, k, ordinal)
-        scratch_address = 0 if scratch is None else scratch.data_ptr()
-        pointers = (*weight.native, bias_address, result.data_ptr(), scratch_address, ordinal, queue)
-        if _native.matmul_4bit(x.data_ptr(), x.shape[0], number, *pointers):
-            return deliver(result, out)
+        if ordinal != PORTABLE:
+            bias_address = 0 if added is None else added.data_ptr()
+            scratch = workspace(x, x.shape[0], n, k, ordinal)
+            scratch_address = 0 if scratch is None else scratch.data_ptr()
+            pointers = (*weight.native, bias_address, result.data_ptr(), scratch_address, ordinal, queue)
+            if _native.matmul_4bit(x.data_ptr(), x.shape[0], number, *pointers):
+                return deliver(result, out)
     multiply_panels(weight, x, added, result.view(-1, n))
     return deliver(result, out)
 

@@ -25,7 +25,8 @@ _DEQUANTIZE_BLOCKWISE = "Tensor A, Tensor absmax, Tensor? code, int blocksize, S
 
 def register(name: str, schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> None:
     library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-    for key in ("CPU", "CUDA"):
+    # The last one is for every other device: what a kernel calls is chosen by the tensors' device (see `_backend`).
+    for key in ("CPU", "CUDA", "CompositeExplicitAutograd"):
         library.impl(name, kernel, key)
     torch.library.register_fake(f"fewbits::{name}", fake, lib=library)
 

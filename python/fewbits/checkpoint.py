@@ -33,6 +33,7 @@ from typing import Any
 
 import torch
 
+from ._backend import device_types
 from ._encode import quantize_int8_rows, quantize_weight, relative_error
 from ._reader import Checkpoint, CheckpointError, UsageError, iter_dequantized, load_tensor
 from ._safetensors import CorruptFileError, Part, Writer
@@ -348,10 +349,10 @@ def _check_options(
         kind = torch.device(device).type
     except RuntimeError:
         kind = ""
-    if kind not in ("cpu", "cuda"):
-        raise UsageError(f"device: got {device!r}, expected cpu or cuda")
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise UsageError(f"device: got {device!r}, but torch {torch.__version__} finds no CUDA device")
+    if kind not in ("cpu", "cuda", "xpu", "mps"):
+        raise UsageError(f"device: got {device!r}, expected cpu, cuda, xpu or mps")
+    if kind not in device_types():
+        raise UsageError(f"device: got {device!r}, but torch {torch.__version__} finds no {kind.upper()} device")
 
 
 def _check_patterns(skip: Sequence[str]) -> None:

@@ -134,7 +134,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="weights that share a scale: 32, 64 ... 4096 (default: 64; blockwise8: 256)",
     )
     quantize.add_argument("--skip", action="append", default=[], metavar="PATTERN", help="leave these weights alone")
-    quantize.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu; the result is the same)")
+    quantize.add_argument("--device", default="cpu", help="cpu, cuda, xpu or mps (default: cpu)")
     quantize.add_argument("--overwrite", action="store_true", help="replace a checkpoint at DST")
     quantize.add_argument(
         "--max-shard-gb", type=_positive(float), default=5.0, metavar="GB", help="size of one file (default: 5)"
@@ -285,6 +285,7 @@ def _info(args: argparse.Namespace, out: Console, _err: Console) -> int:
     from rich.markup import escape
     from rich.table import Table
 
+    from ._backend import FORCED
     from .info import report
 
     facts = report()
@@ -298,6 +299,8 @@ def _info(args: argparse.Namespace, out: Console, _err: Console) -> int:
     table.add_row("fewbits", facts["version"])
     table.add_row("python", f"{facts['python']}, {facts['platform']}")
     table.add_row("torch", f"{framework['version']} (CUDA {framework['cuda'] or 'none'})")
+    served = ", ".join(f"{kind} {who}" for kind, who in facts["backend"].items())
+    table.add_row("backend", f"{served}, forced by FEWBITS_BACKEND" if FORCED else served)
     table.add_row(
         "build", f"CUDA images: {', '.join(build['images'])}" if build["cuda"] else "CPU only: no CUDA images"
     )

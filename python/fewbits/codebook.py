@@ -11,6 +11,7 @@ from statistics import NormalDist
 import torch
 
 from fewbits import _native
+from fewbits._backend import NATIVE_TYPES
 
 TABLES: dict[str, tuple[float, ...]] = {
     name: tuple(_native.codebook(name)) for name in ("nf4", "fp4", "dynamic", "dynamic_unsigned")
@@ -22,22 +23,33 @@ _AF4 = (
     *(0.04273164, 0.12934483, 0.21961274, 0.31675666, 0.42563882, 0.55496234, 0.72424863, 1.0),
 )
 
-_cache: dict[tuple[str, int], torch.Tensor] = {}  # by name and CUDA ordinal, -1 for the CPU
+# By name and CUDA ordinal (-1 for the CPU), or the device where it is neither.
+_cache: dict[tuple[str, int | torch.device], torch.Tensor] = {}
 
 
 def shared_table(name: str, device: torch.device) -> torch.Tensor:
     """Return the one tensor of a native table on a device. Nobody may write to it; whoever gives it away clones it."""
-    if torch.compiler.is_compiling() or device.type not in ("cpu", "cuda"):
+    if torch.compiler.is_compiling() or device.type == "meta":
         return torch.tensor(TABLES[name], dtype=torch.float32, device=device)
-    ordinal = -1 if device.type == "cpu" else torch.cuda.current_device() if device.index is None else device.index
-    table = _cache.get((name, ordinal))
+    place: int | torch.device = device
+    if device.type == "cpu":
+        place = -1
+    elif device.type == "cuda":
+        place = torch.cuda.current_device() if device.index is None else device.index
+    table = _cache.get((name, place))
     if table is None:
-        if ordinal >= 0 and torch.cuda.is_current_stream_capturing():
-            return _build_in_capture(name, ordinal)
+        if type(place) is int and place >= 0 and _is_capturing(device):
+            return _build_in_capture(name, place)
         table = _build(TABLES[name], device)
         if type(table) is torch.Tensor:  # a fake tensor must not outlive the mode that made it
-            _cache[name, ordinal] = table
+            if type(place) is not int:  # "mps" is "mps:0"
+                table = _cache.setdefault((name, table.device), table)
+            _cache[name, place] = table
     return table
+
+
+def _is_capturing(device: torch.device) -> bool:
+    return device.type in NATIVE_TYPES and torch.cuda.is_current_stream_capturing()
 
 
 def is_shared(table: torch.Tensor) -> bool:

@@ -4,7 +4,7 @@ A tensor is flattened and cut into blocks of `blocksize` consecutive elements. A
 magnitude (``absmax``, float32) and, for each element, the code whose table value is nearest to ``x / absmax``: 8 bits,
 or two 4-bit codes a byte with the first in the high nibble. Dequantizing multiplies: ``code[codes] * absmax``, in
 float32, rounded once to the output dtype. NaN counts as 0 and infinity as the largest float32. CPU and CUDA give the
-same bytes.
+same bytes, and so do other devices where their float32 arithmetic is IEEE's.
 
 The ``int8_`` functions, of LLM.int8(), have one scale a row instead; see `int8_vectorwise_quant`.
 
@@ -83,7 +83,7 @@ def quantize_4bit(
     Parameters
     ----------
     A : torch.Tensor
-        float32, float16 or bfloat16, any shape, on the CPU or a CUDA device.
+        float32, float16 or bfloat16, any shape, on any device.
     absmax : torch.Tensor, optional
         float32, one element a block: receives the block maxima.
     out : torch.Tensor, optional
@@ -315,7 +315,7 @@ def quantize_blockwise(
     Parameters
     ----------
     A : torch.Tensor
-        float32, float16 or bfloat16, any shape, on the CPU or a CUDA device.
+        float32, float16 or bfloat16, any shape, on any device.
     code : torch.Tensor, optional
         256 floating-point values in [-1, 1], in any order; the signed dynamic map by default. Moved to where `A` is.
     absmax : torch.Tensor, optional

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from . import _native
+from . import _backend, _native
 from . import functional as F
 
 # Elements of the self-test: enough for every code and for the loops of every SIMD path, small enough for a second on
@@ -48,14 +48,15 @@ def collect() -> dict[str, Any]:
     Returns
     -------
     dict
-        ``version``, ``python``, ``platform``, ``torch`` (with the CUDA version that it was built for), ``build``
+        ``version``, ``python``, ``platform``, ``torch`` (with the CUDA version that it was built for), ``backend``
+        (for each type of device that torch sees, ``"native"`` or ``"portable"``: plain torch operations), ``build``
         (``cuda``, ``images``), ``driver`` (see ``_native.driver_info``), ``cpu`` (``features``, ``path``,
         ``threads``).
 
     Examples
     --------
     >>> sorted(collect())
-    ['build', 'cpu', 'driver', 'platform', 'python', 'torch', 'version']
+    ['backend', 'build', 'cpu', 'driver', 'platform', 'python', 'torch', 'version']
     """
     forced = os.environ.get("FEWBITS_SIMD")
     cpu = dict(_native.cpu_info()) | {"threads": torch.get_num_threads()}
@@ -66,6 +67,7 @@ def collect() -> dict[str, Any]:
         "python": sys.version.split()[0],
         "platform": platform.platform(),
         "torch": {"version": torch.__version__, "cuda": torch.version.cuda},
+        "backend": _backend.describe(),
         "build": {"cuda": bool(_native.built_with_cuda), "images": list(_native.images())},
         "driver": dict(_native.driver_info()),
         "cpu": cpu,
@@ -77,7 +79,9 @@ def _sample() -> torch.Tensor:
     return torch.randn(_ELEMENTS, generator=generator)
 
 
-def _check_error(name: str, x: torch.Tensor, back: torch.Tensor, largest_gap: float, blocksize: int) -> Check:
+def _check_error(
+    name: str, where: str, x: torch.Tensor, back: torch.Tensor, largest_gap: float, blocksize: int
+) -> Check:
     """Compare a round trip with the bound (half the widest gap of the code, times the block's largest magnitude)."""
     padded = torch.nn.functional.pad(x, (0, -x.numel() % blocksize)).view(-1, blocksize)
     absmax = padded.abs().amax(dim=1, keepdim=True).expand_as(padded).reshape(-1)[: x.numel()]
@@ -89,7 +93,7 @@ def _check_error(name: str, x: torch.Tensor, back: torch.Tensor, largest_gap: fl
     within = bool((error <= bound).all())
     passed = within and math.isclose(mean, expected, abs_tol=spread)
     detail = f"mean absolute error {mean:.4f} (expected {expected} +- {spread})"
-    return Check(f"{name}, CPU round trip", passed, detail if within else f"{detail}; an element misses its bound")
+    return Check(f"{name}, {where} round trip", passed, detail if within else f"{detail}; an element misses its bound")
 
 
 def _widest_gap(state: F.QuantState) -> float:
@@ -98,19 +102,21 @@ def _widest_gap(state: F.QuantState) -> float:
     return float(state.code.sort().values.diff().max())
 
 
-def _cpu_checks(x: torch.Tensor) -> list[Check]:
+def _round_trips(x: torch.Tensor, device: torch.device) -> list[Check]:
     checks = []
+    where = "CPU" if device.type == "cpu" else str(device)
+    there = x.to(device)
     for quant_type in ("nf4", "fp4"):
         for double_quant in (False, True):
-            codes, state = F.quantize_4bit(x, blocksize=64, quant_type=quant_type, compress_statistics=double_quant)
-            back = F.dequantize_4bit(codes, state)
+            codes, state = F.quantize_4bit(there, blocksize=64, quant_type=quant_type, compress_statistics=double_quant)
+            back = F.dequantize_4bit(codes, state).cpu()
             # The widest gap between neighbours of the code: 0.304 in nf4 (-1 to -0.696), 1/3 in fp4.
             gap = math.inf if double_quant else _widest_gap(state)
-            checks.append(_check_error(f"{quant_type}{' nested' if double_quant else ''}", x, back, gap, 64))
-    codes, state = F.quantize_blockwise(x, blocksize=256)
-    back = F.dequantize_blockwise(codes, state)
+            checks.append(_check_error(f"{quant_type}{' nested' if double_quant else ''}", where, x, back, gap, 64))
+    codes, state = F.quantize_blockwise(there, blocksize=256)
+    back = F.dequantize_blockwise(codes, state).cpu()
     # The 8-bit code ends at -0.993: below it lies half a gap of 0.007, less than half of the widest one.
-    checks.append(_check_error("8-bit", x, back, _widest_gap(state), 256))
+    checks.append(_check_error("8-bit", where, x, back, _widest_gap(state), 256))
     return checks
 
 
@@ -141,13 +147,14 @@ def _cuda_check(x: torch.Tensor, device: torch.device) -> Check:
 
 
 def self_test() -> list[Check]:
-    """Quantize and dequantize on the CPU, and on every GPU that torch sees; takes about a second.
+    """Quantize and dequantize on the CPU, and on every accelerator that torch sees; takes about a second.
 
     Returns
     -------
     list of Check
         The CPU: every element within half the widest gap of the code times its block's absmax, and the mean error the
-        published one. A GPU: codes, scales and values equal to the CPU's bit for bit.
+        published one; so on ``xpu`` and ``mps``, whose arithmetic may differ in the last place. A GPU that torch calls
+        ``cuda``: codes, scales and values equal to the CPU's bit for bit.
 
     Examples
     --------
@@ -155,10 +162,14 @@ def self_test() -> list[Check]:
     True
     """
     x = _sample()
-    try:
-        checks = _cpu_checks(x)
-    except (RuntimeError, ValueError, TypeError) as error:
-        checks = [Check("CPU round trip", False, " ".join(str(error).split()))]
+    checks = []
+    for kind in _backend.device_types():
+        if kind != "cuda":
+            try:
+                checks += _round_trips(x, torch.device(kind))
+            except (RuntimeError, ValueError, TypeError) as error:
+                where = "CPU" if kind == "cpu" else kind
+                checks.append(Check(f"{where} round trip", False, " ".join(str(error).split())))
     if torch.cuda.is_available():
         checks += [_cuda_check(x, torch.device("cuda", i)) for i in range(torch.cuda.device_count())]
     return checks

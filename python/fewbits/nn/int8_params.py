@@ -9,10 +9,22 @@ import torch
 
 from fewbits import _checks, _launch
 from fewbits._int8_functional import int8_vectorwise_quant
-from fewbits._int8_prepared import Prepared8
 from fewbits.nn.parameter import QuantizedParameter, attributes, blank
 
 __all__ = ["Int8Params"]
+
+
+class Scales:
+    """In the place of a prepared weight that there is none of: the scales, for another layer of the same weight."""
+
+    __slots__ = ("scales",)
+
+    def __init__(self, scales: torch.Tensor) -> None:
+        self.scales = scales
+
+    def describes(self, CB: torch.Tensor, SCB: torch.Tensor) -> bool:
+        """Return False: the short way is not taken."""
+        return False
 
 
 class Int8Params(QuantizedParameter):
@@ -53,7 +65,7 @@ class Int8Params(QuantizedParameter):
     CB: torch.Tensor | None = None
     SCB: torch.Tensor | None = None
     has_fp16_weights: bool = False
-    prepared: Prepared8 | None
+    prepared: Any  # Prepared8, Scales or None
 
     def __new__(  # noqa: D102
         cls,

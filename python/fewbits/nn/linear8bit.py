@@ -12,7 +12,7 @@ from fewbits import _int8_prepared
 from fewbits._checks_int8 import check_threshold
 from fewbits._int8_matmul import MatmulLtState, multiply, quantize_weight
 from fewbits._int8_product import Weight
-from fewbits.nn.int8_params import Int8Params
+from fewbits.nn.int8_params import Int8Params, Scales
 from fewbits.nn.module8bit import Module8bit
 
 __all__ = ["Linear8bitLt"]
@@ -126,7 +126,8 @@ class Linear8bitLt(Module8bit, nn.Linear):
         if not weight.is_floating_point():
             quantized = self._find_weight(weight, tracing)
             if not tracing and type(weight) is Int8Params and weight.prepared is None:
-                weight.prepared = _int8_prepared.prepare(weight.data, quantized.SCB)  # for the next call
+                # For the next call.
+                weight.prepared = _int8_prepared.prepare(weight.data, quantized.SCB) or Scales(quantized.SCB)
             return multiply(x, quantized, state.threshold, self.bias, None)
         if state.has_fp16_weights:
             source = weight if weight.requires_grad else None

@@ -54,7 +54,7 @@ class QuantizedParameter(torch.nn.Parameter):
         return self.to("cpu")
 
     def xpu(self, device: torch.device | str | int | None = None, non_blocking: bool = False) -> Self:  # type: ignore[override]
-        """Call ``.to`` with an XPU device, for which there are no kernels yet."""
+        """Call ``.to`` with an XPU device, the current one by default."""
         return self.to("xpu" if device is None else device, non_blocking=non_blocking)
 
     def half(self) -> Self:

@@ -25,7 +25,7 @@ class Optimizer8bit(Stepping):
     Parameters
     ----------
     params : iterable
-        Parameters or parameter groups, float32, float16 or bfloat16, on the CPU or CUDA devices.
+        Parameters or parameter groups, float32, float16 or bfloat16, on any device.
     defaults : dict
         Hyperparameters of groups that do not say otherwise.
     optim_bits : int
@@ -33,7 +33,7 @@ class Optimizer8bit(Stepping):
     is_paged : bool
         Whether states of at least 100,000 elements of CUDA parameters may live in page-locked host memory. They stay
         on the GPU as long as the peak of the last step leaves room there; the others visit it in chunks at each step,
-        overlapped both ways. On the CPU this means nothing, and a warning says so once.
+        overlapped both ways. Anywhere but on NVIDIA GPUs this means nothing, and a warning says so once.
     stochastic_rounding : bool
         Whether bfloat16 parameters are rounded up or down at random, with the probability that makes the mean exact,
         instead of to the nearest. The random numbers are counted, not drawn: the same on every device and after a
@@ -52,7 +52,8 @@ class Optimizer8bit(Stepping):
     -----
     ``state[p]["step"]`` is a number on the parameter's device; `state_dict` makes it an int. A step reads nothing back
     from the device and can be captured in a CUDA graph once the states exist, that is after one ordinary step. A
-    learning rate that is a float32 tensor on the device is read when the graph runs; schedulers of torch fill it.
+    learning rate that is a float32 tensor on the device is read when the graph runs; schedulers of torch fill it. This
+    is about CUDA: on devices that native code does not know, a step waits for the device once and cannot be captured.
 
     Gradient scalers hand over their scale, which is taken out on the way.
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fewbits._backend import is_portable
 from fewbits.optim._families import FAMILIES, check_values, pack, parse_betas
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ class Config:
 
     def _from_tensor(self, lr: torch.Tensor) -> tuple[float, int]:
         """Return (number, 0), or (0, the address of the float32 that a kernel reads when it runs)."""
-        if self.device.type == "cpu" or lr.device.type == "cpu":
+        if lr.device.type == "cpu" or self.device.type == "cpu" or is_portable(self.device):
             return float(lr), 0
         if lr.dtype == torch.float32 and lr.device == self.device:
             return 0.0, lr.data_ptr()

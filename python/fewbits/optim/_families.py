@@ -124,6 +124,12 @@ def pack(family: Family, values: Values, lr: float, lr_address: int) -> bytes:
     return _RECORD.pack(lr, lr_address, *numbers, int(fields.get("flags", 0)), 0, 0)
 
 
+def unpack(record: bytes) -> dict[str, Any]:
+    """Return the hyperparameters of a record by name."""
+    lr, _address, *numbers, flags, _, _ = _RECORD.unpack(record)
+    return {"lr": lr, **dict(zip(_FIELDS, numbers, strict=True)), "flags": flags}
+
+
 def parse_betas(betas: Any) -> tuple[float, ...]:
     """Return betas given as numbers or as text such as ``"(0.9, 0.95)"``."""
     try:

@@ -45,7 +45,7 @@ class Bundle:
     """All launches of one device."""
 
     def __init__(self, optimizer: Stepping, device: torch.device) -> None:
-        self.device = device
+        self.device = self.home = device  # home: where the sums of all devices are joined
         self.family = FAMILIES[optimizer.optimizer_name]
         self.seed, self.stochastic = optimizer.seed, optimizer.stochastic_rounding
         self.launches: list[Launch] = []
@@ -104,7 +104,7 @@ class Bundle:
         self.uploads.append(pinned)
         return pinned.to(self.device, non_blocking=True)
 
-    def send(self, addresses: list[int], capturing: bool) -> None:
+    def send(self, addresses: list[int], grads: list[torch.Tensor], capturing: bool) -> None:
         """Tell the device where the gradients are, if it does not know.
 
         Through fresh memory every time: the copy of the step before may not have been made yet, and a captured graph
@@ -165,6 +165,23 @@ class Bundle:
             *target_queue(self.device),
         )
 
+    def decide(
+        self, partials: torch.Tensor | None, max_norm: float, scale: Any, inf: Any, skip_nonfinite: bool
+    ) -> None:
+        """Write the factor of the gradients, and whether to leave the step out, to `control`."""
+        scale, inf = _as_float32(scale, self.device), _as_float32(inf, self.device)
+        assert self.control is not None
+        _native.optim_control(
+            partials.data_ptr() if partials is not None and partials.numel() else 0,
+            partials.numel() if partials is not None else 0,
+            max_norm,
+            scale.data_ptr() if scale is not None else 0,
+            inf.data_ptr() if inf is not None else 0,
+            skip_nonfinite,
+            self.control.data_ptr(),
+            *target_queue(self.device),
+        )
+
     def _tables(self, launch: Launch) -> tuple[int, int, int, int, int]:
         return (
             self.tensors.data_ptr() + launch.entry * _native.OPTIM_FIELDS * 8,
@@ -220,3 +237,9 @@ class Bundle:
         _native.optim_trust(
             partials, tensors, count, launch.tile_count, self.family.number, groups, ratios, *target_queue(self.device)
         )
+
+
+def _as_float32(value: Any, device: torch.device) -> torch.Tensor | None:
+    if value is None or (isinstance(value, torch.Tensor) and value.dtype == torch.float32 and value.device == device):
+        return value
+    return torch.as_tensor(value, dtype=torch.float32, device=device)

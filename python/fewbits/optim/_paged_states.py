@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from fewbits._backend import is_portable
 from fewbits.optim import _paging, _states
 
 _BYTES_EACH = 12  # of a paged state at most, an element
@@ -69,15 +70,17 @@ class PagedStates(torch.optim.Optimizer):
         """Decide which paged states stay on the GPU, and bring each where it belongs."""
         if not self.is_paged:
             return
-        if any(p.device.type == "cpu" for p in params) and not self.__dict__.get("_said_unpaged"):
+        unpaged = sorted({p.device.type for p in params if p.device.type == "cpu" or is_portable(p.device)})
+        if unpaged and not self.__dict__.get("_said_unpaged"):
             self._said_unpaged = True
+            where = ["the CPU" if kind == "cpu" else kind for kind in unpaged]
             warnings.warn(
-                f"{type(self).__name__}: parameters on the CPU keep their states there: nothing is paged",
+                f"{type(self).__name__}: parameters on {' and '.join(where)} keep their states there: nothing is paged",
                 stacklevel=9,  # the caller of step
             )
         if is_capturing():
             return
-        for device in {p.device for p in params if p.is_cuda}:
+        for device in {p.device for p in params if p.is_cuda and not is_portable(p.device)}:
             states = self._paged_states(device)
             sizes = [_paging.size_of(state) for state, _ in states]
             resident = sum(_paging.size_of(state) for state, p in states if not _paging.is_evicted(state, p))

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from fewbits._backend import is_portable
+
 CHUNK = 32 << 20  # bytes of states that are on their way at a time
 SLOTS = 3  # one arrives, one is worked on, one leaves
 MIN_NUMEL = 100_000  # smaller states are not worth a journey
@@ -161,7 +163,7 @@ class Room:
 
 
 def is_paged_state(optimizer: Any, p: torch.Tensor) -> bool:
-    return bool(optimizer.is_paged and p.is_cuda and p.numel() >= MIN_NUMEL)
+    return bool(optimizer.is_paged and p.is_cuda and p.numel() >= MIN_NUMEL and not is_portable(p.device))
 
 
 def tensors_of(state: dict[str, Any]) -> dict[str, torch.Tensor]:

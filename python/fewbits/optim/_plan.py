@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fewbits import _native
+from fewbits._backend import is_portable
 from fewbits._checks import DTYPES, block_count
 from fewbits._launch import dense
 from fewbits.optim import _paging, _states
@@ -24,6 +25,7 @@ from fewbits.optim._prepare import Member, check_local, check_tensors, prepare_s
 
 if TYPE_CHECKING:
     from fewbits.optim._stepping import Stepping
+    from fewbits.portable.optim import PortableBundle
 
 TILE: int = _native.OPTIM_TILE
 GROUPS: int = _native.OPTIM_GROUPS
@@ -66,7 +68,7 @@ class Plan:
         states = [optimizer.state[m.p] for m in members]
         self.sentinels = [state.get("state1", state["step"]) for state in states]
         self.sentinel_places = list(map(_address, self.sentinels))
-        self.bundles: list[Bundle] = []
+        self.bundles: list[Bundle | PortableBundle] = []
         self._arrange(optimizer, members, params, grads, states, configs)
 
     # ---- finding it again ----
@@ -141,6 +143,16 @@ class Plan:
             key = Key(_states.bits_of(state), DTYPES[p.dtype], DTYPES[g.dtype], numbers[i] // GROUPS, evicted)
             homes.setdefault(p.device, {}).setdefault(key, []).append(i)
         for device, keys in homes.items():
+            if is_portable(device):
+                from fewbits.portable.optim import PortableBundle, entry_of  # which reads this package
+
+                portable = PortableBundle(optimizer, device)
+                order = chain.from_iterable(keys.values())  # that of native tables, hence of sums
+                portable.entries = [
+                    entry_of(portable.name, i, members[i].ordinal, params[i], states[i], configs[i]) for i in order
+                ]
+                self.bundles.append(portable)
+                continue
             bundle = Bundle(optimizer, device)
             here = [config for config in self.configs if config.device == device]
             for key, indices in keys.items():

@@ -6,8 +6,6 @@ from typing import Any, cast
 
 import torch
 
-from fewbits import _native
-from fewbits._launch import target_queue
 from fewbits.optim._paged_states import is_capturing
 from fewbits.optim._persistent import Persistent
 from fewbits.optim._plan import Plan
@@ -63,7 +61,7 @@ class Stepping(Persistent):
         if capturing:
             self._captured.append(plan)
         for bundle in plan.bundles:
-            bundle.send(addresses, capturing)
+            bundle.send(addresses, grads, capturing)
         controls = self._control(plan)
         for bundle, control in zip(plan.bundles, controls, strict=True):
             bundle.step(control, capturing)
@@ -82,29 +80,13 @@ class Stepping(Persistent):
         partials = [bundle.norms() for bundle in plan.bundles] if need_norm else []
         joined = partials[0] if len(partials) == 1 else None
         if len(partials) > 1:
-            joined = torch.cat([part.to(first.device) for part in partials])
-        scale, inf = _as_float32(scale, first.device), _as_float32(inf, first.device)
-        assert first.control is not None
-        _native.optim_control(
-            joined.data_ptr() if joined is not None and joined.numel() else 0,
-            joined.numel() if joined is not None else 0,
-            float(self.max_grad_norm or 0.0),
-            scale.data_ptr() if scale is not None else 0,
-            inf.data_ptr() if inf is not None else 0,
-            self.skip_nonfinite,
-            first.control.data_ptr(),
-            *target_queue(first.device),
-        )
+            joined = torch.cat([part.to(first.home) for part in partials])
+        first.decide(joined, float(self.max_grad_norm or 0.0), scale, inf, self.skip_nonfinite)
         for bundle in plan.bundles[1:]:
             assert bundle.control is not None
+            assert first.control is not None
             bundle.control.copy_(first.control)
         return [bundle.control.data_ptr() if bundle.control is not None else 0 for bundle in plan.bundles]
-
-
-def _as_float32(value: Any, device: torch.device) -> torch.Tensor | None:
-    if value is None or (isinstance(value, torch.Tensor) and value.dtype == torch.float32 and value.device == device):
-        return value
-    return torch.as_tensor(value, dtype=torch.float32, device=device)
 
 
 def _takes_many() -> bool:
