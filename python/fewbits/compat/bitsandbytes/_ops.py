@@ -1,0 +1,5 @@
+"""The operations ``torch.ops.bitsandbytes``."""
+
+from fewbits.compat._ops import register
+
+register()
