@@ -15,6 +15,11 @@ __all__ = ["NativeLibrary", "lib"]
 class NativeLibrary:
     """The native library. An attribute is an exported function, or an AttributeError that names it.
 
+    Parameters
+    ----------
+    lib : ctypes.CDLL, optional
+        Another library in its place.
+
     Attributes
     ----------
     compiled_with_cuda : bool
@@ -23,8 +28,8 @@ class NativeLibrary:
 
     compiled_with_cuda: bool = bool(_native.built_with_cuda)
 
-    def __init__(self) -> None:
-        self._lib: ctypes.CDLL | None = None
+    def __init__(self, lib: ctypes.CDLL | None = None) -> None:
+        self._lib = lib
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -82,6 +87,11 @@ def get_native_library() -> NativeLibrary:
 
 def get_cuda_bnb_library_path(cuda_specs: CUDASpecs) -> Path:
     """Return where the native library is, whatever CUDA there is."""
+    return Path(_native.__file__)
+
+
+def get_xpu_bnb_library_path() -> Path:
+    """Return where the native library is; there are no kernels for XPU in it."""
     return Path(_native.__file__)
 
 

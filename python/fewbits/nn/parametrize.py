@@ -145,10 +145,10 @@ def replace_parameter_4bit_prequantized(
 
 def _own_parameter(module: nn.Module, name: str) -> nn.Parameter:
     if not hasattr(module, name):
-        raise AttributeError(f"param_name: expected a parameter of {type(module).__name__}, got {name!r}")
+        raise AttributeError(f"Module does not have parameter {name!r}: expected the name of one as param_name")
     parameter = getattr(module, name)
     if not isinstance(parameter, nn.Parameter):
-        raise TypeError(f"param_name: expected {name!r} to be a parameter, got a {type(parameter).__name__}")
+        raise TypeError(f"Parameter {name!r} is not an instance of nn.Parameter, got a {type(parameter).__name__}")
     return parameter
 
 

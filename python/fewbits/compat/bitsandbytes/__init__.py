@@ -29,5 +29,6 @@ def _import_backends() -> None:
             raise RuntimeError(f"bitsandbytes: failed to load backend {point.name}: {error}") from error
 
 
-_stand_in()
-_import_backends()
+if __name__ == "bitsandbytes":
+    _stand_in()
+    _import_backends()

@@ -1,5 +1,3 @@
-"""The operations ``torch.ops.bitsandbytes``."""
+"""The operations ``torch.ops.bitsandbytes``, which an import of the package registers."""
 
 from fewbits.compat._ops import register
-
-register()

@@ -7,6 +7,7 @@ from fewbits._clib import (
     get_available_cuda_binary_versions,
     get_cuda_bnb_library_path,
     get_native_library,
+    get_xpu_bnb_library_path,
     lib,
     parse_cuda_version,
 )
