@@ -167,9 +167,9 @@ def create_dynamic_map(signed: bool = True, max_exponent_bits: int = 7, total_bi
 
 
 def _dynamic_map(signed: bool, max_exponent_bits: int, total_bits: int) -> torch.Tensor:
-    if not (1 <= max_exponent_bits <= 7 and 2 <= total_bits <= 8):
+    if not (1 <= max_exponent_bits <= 8 and 2 <= total_bits <= 8):
         raise ValueError(
-            f"max_exponent_bits, total_bits: expected 1 to 7 and 2 to 8, got {max_exponent_bits} and {total_bits}"
+            f"max_exponent_bits, total_bits: expected 1 to 8 and 2 to 8, got {max_exponent_bits} and {total_bits}"
         )
     fraction_bits = total_bits - 1 - max_exponent_bits
     values = [0.0, 1.0]

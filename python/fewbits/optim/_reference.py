@@ -53,7 +53,7 @@ class _ReferenceAdEMAMix(torch.optim.Optimizer, metaclass=Named):
         assert g is not None
         if not state:
             state["step"] = 0
-            state.update({name: torch.zeros_like(p) for name in ("m1", "m2", "nu")})
+            state["m1_m2"], state["nu"] = p.new_zeros((2, *p.shape)), torch.zeros_like(p)
         state["step"] += 1
         t, (beta1, beta2, beta3), alpha = state["step"], group["betas"], group["alpha"]
         if group["t_alpha"] is not None:
@@ -64,7 +64,7 @@ class _ReferenceAdEMAMix(torch.optim.Optimizer, metaclass=Named):
             part = t / group["t_beta3"]
             exponent = low * high / ((1 - part) * high + part * low)
             beta3 = min(float(torch.tensor(exponent, dtype=torch.float64).exp()), beta3)
-        m1, m2, nu = state["m1"], state["m2"], state["nu"]
+        (m1, m2), nu = state["m1_m2"], state["nu"]
         m1.lerp_(g, 1 - beta1)
         m2.lerp_(g, 1 - beta3)
         nu.mul_(beta2).addcmul_(g, g, value=1 - beta2)
