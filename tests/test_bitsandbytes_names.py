@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from test_install_as_bitsandbytes import run
+
 # The package under fewbits' name: what it holds without any effect on the process.
 _WHERE = "fewbits.compat.bitsandbytes"
 
@@ -86,10 +88,13 @@ def test_is_extension() -> None:
 
 
 def test_looking_at_the_names_has_no_effect() -> None:
-    import sys
-
-    import fewbits.optim
-
-    importlib.import_module(_WHERE)
-    assert "bitsandbytes" not in sys.modules
-    assert str(fewbits.optim.AdamW) == "<class 'fewbits.optim.adamw.AdamW'>"
+    run(
+        f"""
+        import importlib, sys, torch
+        import fewbits.optim
+        importlib.import_module({_WHERE!r})
+        assert "bitsandbytes" not in sys.modules
+        assert str(fewbits.optim.AdamW) == "<class 'fewbits.optim.adamw.AdamW'>"
+        assert not hasattr(torch.ops.bitsandbytes, "gemm_4bit")
+        """
+    )
