@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from . import _native
+from . import _native, shim
 from . import functional as F
 
 # Elements of the self-test: enough for every code and for the loops of every SIMD path, small enough for a second on
@@ -50,12 +50,12 @@ def collect() -> dict[str, Any]:
     dict
         ``version``, ``python``, ``platform``, ``torch`` (with the CUDA version that it was built for), ``build``
         (``cuda``, ``images``), ``driver`` (see ``_native.driver_info``), ``cpu`` (``features``, ``path``,
-        ``threads``).
+        ``threads``), ``bitsandbytes`` (what an import of that name gives).
 
     Examples
     --------
     >>> sorted(collect())
-    ['build', 'cpu', 'driver', 'platform', 'python', 'torch', 'version']
+    ['bitsandbytes', 'build', 'cpu', 'driver', 'platform', 'python', 'torch', 'version']
     """
     forced = os.environ.get("FEWBITS_SIMD")
     cpu = dict(_native.cpu_info()) | {"threads": torch.get_num_threads()}
@@ -69,6 +69,7 @@ def collect() -> dict[str, Any]:
         "build": {"cuda": bool(_native.built_with_cuda), "images": list(_native.images())},
         "driver": dict(_native.driver_info()),
         "cpu": cpu,
+        "bitsandbytes": shim.describe(),
     }
 
 
