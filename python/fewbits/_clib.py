@@ -1,4 +1,14 @@
-"""The functions that the native library exports under bitsandbytes' C names, as ctypes sees them."""
+"""The functions that the native library exports under bitsandbytes' C names, as ctypes sees them.
+
+They take addresses as ``ctypes.c_void_p``, of the CPU's or a GPU's memory, and a raw stream for their work:
+
+- ``cdequantize_blockwise_{fp32,fp16,bf16}``, and the same with ``_nf4`` and ``_fp4``: code, codes, absmax, out, block
+  size, number of elements, stream
+- ``cgemm_4bit_inference_naive_{fp32,fp16,bf16}``, for one row of A: rows of B, 1, k, A, B, absmax, the 16 values of nf4
+  or fp4, out, three strides, block size, stream
+
+Bad sizes and failed launches raise.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +46,7 @@ class NativeLibrary:
             raise AttributeError(name)
         if self._lib is None:
             path: str = _native.__file__
-            self._lib = ctypes.CDLL(path)  # loaded already: this only gives a handle
+            self._lib = ctypes.PyDLL(path)  # loaded already: a handle, whose calls raise what goes wrong
         try:
             return getattr(self._lib, name)
         except AttributeError:

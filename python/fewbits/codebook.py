@@ -37,6 +37,8 @@ def shared_table(name: str, device: torch.device) -> torch.Tensor:
         table = _build(TABLES[name], device)
         if type(table) is torch.Tensor:  # a fake tensor must not outlive the mode that made it
             _cache[name, ordinal] = table
+            if ordinal >= 0 and name in ("nf4", "fp4"):
+                _native.remember_table(table.data_ptr(), ("nf4", "fp4").index(name))  # it is here for good
     return table
 
 
