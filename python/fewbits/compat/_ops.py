@@ -13,7 +13,6 @@ import torch
 from fewbits.compat import _op_kernels as kernels
 from fewbits.compat import _op_shapes as shapes
 
-_NAME = "bitsandbytes"
 _DEQUANTIZE_4BIT = "Tensor A, Tensor absmax, int blocksize, str quant_type, int[] shape, ScalarType dtype"
 _DEQUANTIZE_BLOCKWISE = "Tensor A, Tensor absmax, Tensor code, int blocksize, ScalarType dtype"
 _GEMV_4BIT = "Tensor A, Tensor B, int[] shapeB, Tensor absmax, Tensor code, int blocksize"
@@ -128,17 +127,15 @@ _OPS: tuple[tuple[str, str, Callable[..., Any], Callable[..., Any]], ...] = (
     ),
 )
 
-_library: torch.library.Library | None = None
+_libraries: dict[str, torch.library.Library] = {}
 
 
-def register() -> None:
-    """Register the operations, once."""
-    global _library
-    if _library is not None:
+def register(namespace: str = "bitsandbytes") -> None:
+    """Register the operations in a namespace, once."""
+    if namespace in _libraries:
         return
-    library = torch.library.Library(_NAME, "FRAGMENT")
+    library = _libraries[namespace] = torch.library.Library(namespace, "FRAGMENT")
     for name, schema, kernel, fake in _OPS:
         library.define(name + schema)
         library.impl(name, kernel, "CompositeExplicitAutograd")  # fewbits' functions find the device themselves
-        torch.library.register_fake(f"{_NAME}::{name}", fake, lib=library)
-    _library = library
+        torch.library.register_fake(f"{namespace}::{name}", fake, lib=library)
