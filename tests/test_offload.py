@@ -136,3 +136,12 @@ def test_a_shell_is_one_on_meta_only() -> None:
         assert not unquantized._is_shell()
         pretend = type(shell)(torch.empty(3, 1, dtype=torch.int8, device=META), requires_grad=False)
         assert pretend.dtype == torch.int8
+
+
+def test_a_plain_linear_layer_refuses_codes() -> None:
+    values, x, plain = torch.randn(32, 64), torch.randn(3, 64), torch.nn.Linear(64, 32)
+    plain.weight = nn.Int8Params(values, requires_grad=False).to("cpu")
+    with pytest.raises(ValueError, match="offload"):
+        plain(x)
+    plain.weight = nn.Int8Params(values, requires_grad=True, has_fp16_weights=True)
+    assert torch.equal(plain(x), torch.nn.functional.linear(x, values, plain.bias))

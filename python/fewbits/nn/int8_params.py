@@ -144,6 +144,14 @@ class Int8Params(QuantizedParameter):
         quantized._from_values = True
         return quantized
 
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.nn.functional.linear:
+            _check_linear(*args, **({} if kwargs is None else kwargs))
+        return super().__torch_function__(func, types, args, kwargs)
+
     def __getstate__(self) -> dict[str, Any]:
         # The codes are the data: they are written once.
         return {**super().__getstate__(), "CB": self.CB is not None}
@@ -161,6 +169,20 @@ class Int8Params(QuantizedParameter):
         duplicate = type(self)(copy.deepcopy(self.data, memo), self.requires_grad, **others)
         memo[id(self)] = duplicate
         return duplicate
+
+
+def _check_linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:  # noqa: A002
+    """Raise if a plain linear layer is about to take codes for values.
+
+    transformers gives them to layers that a device_map puts on the CPU or the disk, when a checkpoint is pre-quantized;
+    those on the disk get them without their scales.
+    """
+    if isinstance(weight, Int8Params) and weight._is_quantized():
+        raise ValueError(
+            "weight: expected floating-point values in a torch.nn.Linear, got int8 codes, as in a pre-quantized model "
+            "that a device_map offloads layer by layer; use device_map='auto' with max_memory, or offload the model that "
+            "it was quantized from"
+        )
 
 
 def _are_codes(data: torch.Tensor) -> bool:
