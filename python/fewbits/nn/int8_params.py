@@ -180,8 +180,8 @@ def _check_linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor 
     if isinstance(weight, Int8Params) and weight._is_quantized():
         raise ValueError(
             "weight: expected floating-point values in a torch.nn.Linear, got int8 codes, as in a pre-quantized model "
-            "that a device_map offloads layer by layer; use device_map='auto' with max_memory, or offload the model that "
-            "it was quantized from"
+            "that a device_map offloads layer by layer; use device_map='auto' with max_memory, or offload the model "
+            "that it was quantized from"
         )
 
 
