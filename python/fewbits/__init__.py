@@ -5,11 +5,21 @@ from typing import TYPE_CHECKING, Any
 from fewbits import functional, nn
 from fewbits._native import __version__
 from fewbits.autograd import MatmulLtState, matmul, matmul_4bit
+from fewbits.compat import install_as_bitsandbytes
 
 if TYPE_CHECKING:
     from fewbits import optim
 
-__all__ = ["MatmulLtState", "__version__", "functional", "matmul", "matmul_4bit", "nn", "optim"]
+__all__ = [
+    "MatmulLtState",
+    "__version__",
+    "functional",
+    "install_as_bitsandbytes",
+    "matmul",
+    "matmul_4bit",
+    "nn",
+    "optim",
+]
 
 
 def __getattr__(name: str) -> Any:

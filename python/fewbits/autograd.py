@@ -103,7 +103,7 @@ def _check_product(A: torch.Tensor, B: torch.Tensor, state: QuantState, bias: to
     transposed = A.shape[-1] != shape[1]
     if transposed:
         warnings.warn(
-            f"matmul_4bit: quant_state.shape {tuple(shape)} is (K, N); quantize the weight as (N, K)",
+            f"matmul_4bit: quant_state.shape {tuple(shape)} is (K, N). Re-quantize from the weight as (N, K)",
             DeprecationWarning,
             stacklevel=4,
         )

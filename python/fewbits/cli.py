@@ -1,4 +1,4 @@
-"""The command line: ``fewbits quantize``, ``fewbits plan``, ``fewbits info``.
+"""The command line: ``fewbits quantize``, ``fewbits plan``, ``fewbits info``, ``fewbits shim``.
 
 Exit codes: 0 done; 1 failed (corrupt file, full disk, failed self-test); 2 the request cannot be served; 130 and 143
 after an interrupt (Ctrl-C) and a termination signal. ``FEWBITS_TRACEBACK=1`` shows where an error was raised.
@@ -28,6 +28,7 @@ examples:
   fewbits quantize Llama-3.2-1B Llama-3.2-1B-nf4 --double-quant
   fewbits plan Llama-3.2-1B --vram 8
   fewbits info
+  fewbits shim install
 """
 
 _QUANTIZE = """\
@@ -69,6 +70,20 @@ examples:
 _INFO = """\
 Show version, build, driver, devices and CPU features, and run a one-second self-test: round trips on the CPU against
 known error bounds, and kernels on each GPU compared byte for byte with the CPU. Exit code 1 if it fails.
+"""
+
+
+_SHIM = """\
+Let `import bitsandbytes` give fewbits in every process of this Python environment, for launchers and tools that give
+no place for fewbits.install_as_bitsandbytes(). A wheel of a few kB called bitsandbytes is made here and installed with
+pip; it takes the place of the real one, if that is installed. Nothing is downloaded.
+"""
+_SHIM_EPILOG = """\
+examples:
+  fewbits shim install         asks first
+  fewbits shim install --yes   for scripts
+  fewbits shim status
+  fewbits shim remove          afterwards, `pip install bitsandbytes` brings the real one back
 """
 
 
@@ -153,6 +168,17 @@ def build_parser() -> argparse.ArgumentParser:
 
     info = commands.add_parser("info", help="version, devices, self-test", description=_INFO, formatter_class=raw)
     info.add_argument("--json", action="store_true", help="print JSON")
+
+    shim = commands.add_parser(
+        "shim",
+        help="stand in for bitsandbytes everywhere",
+        description=_SHIM,
+        epilog=_SHIM_EPILOG,
+        formatter_class=raw,
+    )
+    shim.add_argument("action", choices=("install", "remove", "status"))
+    shim.add_argument("--yes", action="store_true", help="do not ask")
+    shim.add_argument("--wheel", metavar="DIR", help="with install: only write the wheel, into DIR")
     return parser
 
 
@@ -308,6 +334,7 @@ def _info(args: argparse.Namespace, out: Console, _err: Console) -> int:
         table.add_row("driver", f"CUDA {'.'.join(map(str, driver['version']))}")
     else:
         table.add_row("driver", escape(f"none ({driver.get('error') or 'no driver library'})"))
+    table.add_row("bitsandbytes", escape(facts["bitsandbytes"]))
     for i, device in enumerate(driver.get("devices", ())):
         capability = ".".join(map(str, device["compute_capability"]))
         words = f"{device['name']}, {_size(device['memory'])}, compute capability {capability}"
@@ -321,6 +348,42 @@ def _info(args: argparse.Namespace, out: Console, _err: Console) -> int:
     table.add_row("self-test time", f"{tested['seconds']} s")
     out.print(table)
     return 0 if tested["passed"] else 1
+
+
+def _shim(args: argparse.Namespace, out: Console, _err: Console) -> int:
+    from . import shim
+    from ._reader import UsageError
+    from .compat import VERSION
+
+    def say(text: str) -> None:
+        out.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def ask(question: str) -> bool:
+        if args.yes:
+            return True
+        if not sys.stdin.isatty():
+            raise UsageError(f"{question} Say --yes where nobody can be asked")
+        return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
+
+    if args.wheel is not None and args.action != "install":
+        raise UsageError(f"--wheel goes with install, got {args.action}")
+    before = shim.installed_version()
+    if args.action == "status":
+        say(f"bitsandbytes: {shim.describe()}")
+    elif args.wheel is not None:
+        say(str(shim.build_wheel(args.wheel)))
+    elif args.action == "install":
+        replaced = "" if before is None else f" in place of the installed {before}"
+        if not ask(f"Install {VERSION} as bitsandbytes for {sys.executable}{replaced}?"):
+            say("nothing was changed")
+            return 1
+        say(f"installed bitsandbytes {shim.install()}, which is fewbits{replaced}")
+    else:
+        if shim.is_shim(before) and not ask(f"Remove bitsandbytes {before} from {sys.executable}?"):
+            say("nothing was changed")
+            return 1
+        say(f"removed bitsandbytes {shim.remove()}; `pip install bitsandbytes` installs the real one")
+    return 0
 
 
 def _fail(message: str, code: int) -> int:
@@ -350,11 +413,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     from rich.console import Console
 
     from ._reader import CheckpointError, UsageError
+    from .shim import ShimError
 
     before = {}
     if threading.current_thread() is threading.main_thread():  # Python takes handlers only there
         before = {number: signal.signal(number, _on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-    run = {"quantize": _quantize, "plan": _plan, "info": _info}[args.command]
+    run = {"quantize": _quantize, "plan": _plan, "info": _info, "shim": _shim}[args.command]
     try:
         return run(args, Console(), Console(stderr=True))
     except _Interrupted as stop:
@@ -368,7 +432,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         if isinstance(error, UsageError):
             return _fail(str(error), 2)
-        if isinstance(error, (CheckpointError, OSError)):
+        if isinstance(error, (CheckpointError, ShimError, OSError)):
             return _fail(str(error), 1)
         return _fail(f"{type(error).__name__}: {error} (FEWBITS_TRACEBACK=1 shows where)", 1)
     finally:

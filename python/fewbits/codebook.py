@@ -45,6 +45,8 @@ def shared_table(name: str, device: torch.device) -> torch.Tensor:
             if type(place) is not int:  # "mps" is "mps:0"
                 table = _cache.setdefault((name, table.device), table)
             _cache[name, place] = table
+            if type(place) is int and place >= 0 and name in ("nf4", "fp4"):
+                _native.remember_table(table.data_ptr(), ("nf4", "fp4").index(name))  # it is here for good
     return table
 
 
@@ -179,9 +181,9 @@ def create_dynamic_map(signed: bool = True, max_exponent_bits: int = 7, total_bi
 
 
 def _dynamic_map(signed: bool, max_exponent_bits: int, total_bits: int) -> torch.Tensor:
-    if not (1 <= max_exponent_bits <= 7 and 2 <= total_bits <= 8):
+    if not (1 <= max_exponent_bits <= 8 and 2 <= total_bits <= 8):
         raise ValueError(
-            f"max_exponent_bits, total_bits: expected 1 to 7 and 2 to 8, got {max_exponent_bits} and {total_bits}"
+            f"max_exponent_bits, total_bits: expected 1 to 8 and 2 to 8, got {max_exponent_bits} and {total_bits}"
         )
     fraction_bits = total_bits - 1 - max_exponent_bits
     values = [0.0, 1.0]

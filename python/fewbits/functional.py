@@ -19,6 +19,18 @@ from typing import Any
 import torch
 
 from fewbits import _checks, _direct
+from fewbits._clib import lib
+from fewbits._deprecated import (
+    CUBLAS_Context,
+    GlobalPageManager,
+    batched_igemm,
+    check_matmul,
+    elementwise_func,
+    fill,
+    get_paged,
+    igemm,
+    prefetch_tensor,
+)
 from fewbits._int8_functional import (
     int8_double_quant,
     int8_linear_matmul,
@@ -28,6 +40,8 @@ from fewbits._int8_functional import (
     int8_vectorwise_dequant,
     int8_vectorwise_quant,
 )
+from fewbits._optim_functional import optimizer_update_8bit_blockwise, optimizer_update_32bit
+from fewbits._pointers import get_ptr, is_on_gpu
 from fewbits._states import backend, check_state, dequantize_as, nested_parts
 from fewbits.autograd import matmul_4bit
 from fewbits.codebook import (
@@ -42,7 +56,11 @@ from fewbits.quant_state import QuantState
 from fewbits.utils import pack_dict_to_tensor, unpack_tensor_to_dict
 
 __all__ = [
+    "CUBLAS_Context",
+    "GlobalPageManager",
     "QuantState",
+    "batched_igemm",
+    "check_matmul",
     "create_dynamic_map",
     "create_fp8_map",
     "create_linear_map",
@@ -51,8 +69,13 @@ __all__ = [
     "dequantize_blockwise",
     "dequantize_fp4",
     "dequantize_nf4",
+    "elementwise_func",
+    "fill",
     "gemv_4bit",
     "get_4bit_type",
+    "get_paged",
+    "get_ptr",
+    "igemm",
     "int8_double_quant",
     "int8_linear_matmul",
     "int8_mixed_scaled_mm",
@@ -60,13 +83,20 @@ __all__ = [
     "int8_scaled_mm",
     "int8_vectorwise_dequant",
     "int8_vectorwise_quant",
+    "is_on_gpu",
+    "lib",
+    "optimizer_update_8bit_blockwise",
+    "optimizer_update_32bit",
     "pack_dict_to_tensor",
+    "prefetch_tensor",
     "quantize_4bit",
     "quantize_blockwise",
     "quantize_fp4",
     "quantize_nf4",
     "unpack_tensor_to_dict",
 ]
+
+C = 127.0  # the largest code of an int8 row
 
 
 def quantize_4bit(

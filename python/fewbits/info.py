@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from . import _backend, _native
+from . import _backend, _native, shim
 from . import functional as F
 
 # Elements of the self-test: enough for every code and for the loops of every SIMD path, small enough for a second on
@@ -51,12 +51,12 @@ def collect() -> dict[str, Any]:
         ``version``, ``python``, ``platform``, ``torch`` (with the CUDA version that it was built for), ``backend``
         (for each type of device that torch sees, ``"native"`` or ``"portable"``: plain torch operations), ``build``
         (``cuda``, ``images``), ``driver`` (see ``_native.driver_info``), ``cpu`` (``features``, ``path``,
-        ``threads``).
+        ``threads``), ``bitsandbytes`` (what an import of that name gives).
 
     Examples
     --------
     >>> sorted(collect())
-    ['backend', 'build', 'cpu', 'driver', 'platform', 'python', 'torch', 'version']
+    ['backend', 'bitsandbytes', 'build', 'cpu', 'driver', 'platform', 'python', 'torch', 'version']
     """
     forced = os.environ.get("FEWBITS_SIMD")
     cpu = dict(_native.cpu_info()) | {"threads": torch.get_num_threads()}
@@ -71,6 +71,7 @@ def collect() -> dict[str, Any]:
         "build": {"cuda": bool(_native.built_with_cuda), "images": list(_native.images())},
         "driver": dict(_native.driver_info()),
         "cpu": cpu,
+        "bitsandbytes": shim.describe(),
     }
 
 

@@ -7,8 +7,10 @@ from fewbits.nn.linear import Linear4bit, LinearFP4, LinearNF4
 from fewbits.nn.linear8bit import Linear8bitLt
 from fewbits.nn.outlier_aware import OutlierAwareLinear
 from fewbits.nn.params import Params4bit
+from fewbits.nn.stable_embedding import Embedding, StableEmbedding
 
 __all__ = [
+    "Embedding",
     "Embedding4bit",
     "Embedding8bit",
     "EmbeddingFP4",
@@ -20,4 +22,5 @@ __all__ = [
     "LinearNF4",
     "OutlierAwareLinear",
     "Params4bit",
+    "StableEmbedding",
 ]

@@ -9,7 +9,7 @@ import torch
 
 from fewbits import _checks, _launch
 from fewbits._int8_functional import int8_vectorwise_quant
-from fewbits.nn.parameter import QuantizedParameter, attributes, blank
+from fewbits.nn.parameter import QuantizedParameter, attributes, blank, no_scales
 
 __all__ = ["Int8Params"]
 
@@ -80,8 +80,11 @@ class Int8Params(QuantizedParameter):
             data = torch.empty(0)
         elif not isinstance(data, torch.Tensor):
             raise TypeError(f"data: expected a tensor, got {type(data).__name__}")
-        elif isinstance(data, QuantizedParameter):
+        source = data
+        if isinstance(data, QuantizedParameter):
             data = data.data
+        if isinstance(source, Int8Params) and SCB is None:
+            SCB = source.SCB
         self: Int8Params = torch.Tensor._make_subclass(cls, data, requires_grad and data.is_floating_point())
         self.has_fp16_weights = has_fp16_weights
         if CB is not None or SCB is not None:
@@ -89,10 +92,13 @@ class Int8Params(QuantizedParameter):
             CB = data if data.dtype == torch.int8 and not data.is_meta else None
         self.CB = CB
         self.SCB = SCB
-        return self
+        return self._after(source) if isinstance(source, Int8Params) else self
 
     def _is_quantized(self) -> bool:
-        return self.dtype == torch.int8
+        return self._held_dtype() == torch.int8
+
+    def _value_dtype(self) -> torch.dtype:
+        return torch.float32
 
     @property
     def data(self) -> torch.Tensor:
@@ -109,12 +115,16 @@ class Int8Params(QuantizedParameter):
         """Move or cast as ``Tensor.to``. Quantizes first if this is a first move; never casts codes."""
         always_copy = kwargs.pop("copy", False)
         if args and type(args[0]) is int and not torch.cuda.is_available():
+            if self._is_quantized() and self.SCB is None:
+                raise no_scales("Int8Params.data")
             args = ("cpu", *args[1:])  # offloaders quantize on "device 0", the only device there is
         device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
         if not self._is_quantized():
             return self._to_values(device, dtype, non_blocking, always_copy)
         data = self.data if device is None else self.data.to(device, non_blocking=non_blocking)
         SCB = self.SCB
+        if SCB is None and data.is_meta and self.prepared is not None:
+            SCB = self.prepared.scales  # a module took them over: they must be here when the codes come back
         if SCB is not None and not data.is_meta:
             # A meta parameter is the shell of an offloaded one: its scales stay where they are.
             SCB = SCB.to(data.device, non_blocking=non_blocking)
@@ -122,7 +132,7 @@ class Int8Params(QuantizedParameter):
             return self
         if always_copy and data.device == self.device:
             data, SCB = data.clone(), None if SCB is None else SCB.clone()
-        return self._like(data, SCB=SCB)
+        return self._like(data, SCB=SCB)._after(self)
 
     def _to_values(
         self, device: torch.device | None, dtype: torch.dtype | None, non_blocking: bool, always_copy: bool
@@ -139,8 +149,20 @@ class Int8Params(QuantizedParameter):
         if data.dtype == torch.float64:
             data = data.to(torch.float32)
         _checks.check_dtype("Int8Params.data", data.dtype)
+        if self.data.is_cpu and _are_codes(self.data):
+            raise no_scales("Int8Params.data")
         codes, SCB, _ = int8_vectorwise_quant(data)
-        return self._like(codes, CB=codes, SCB=SCB)
+        quantized = self._like(codes, CB=codes, SCB=SCB)
+        quantized._from_values = True
+        return quantized
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.nn.functional.linear:
+            _check_linear(*args, **({} if kwargs is None else kwargs))
+        return super().__torch_function__(func, types, args, kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
         # The codes are the data: they are written once.
@@ -159,6 +181,34 @@ class Int8Params(QuantizedParameter):
         duplicate = type(self)(copy.deepcopy(self.data, memo), self.requires_grad, **others)
         memo[id(self)] = duplicate
         return duplicate
+
+
+def _check_linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:  # noqa: A002
+    """Raise if a plain linear layer is about to take codes for values.
+
+    transformers gives them to layers that a device_map puts on the CPU or the disk, when a checkpoint is pre-quantized;
+    those on the disk get them without their scales.
+    """
+    if isinstance(weight, Int8Params) and weight._is_quantized():
+        raise ValueError(
+            "weight: expected floating-point values in a torch.nn.Linear, got int8 codes, as in a pre-quantized model "
+            "that a device_map offloads layer by layer; use device_map='auto' with max_memory, or offload the model "
+            "that it was quantized from"
+        )
+
+
+def _are_codes(data: torch.Tensor) -> bool:
+    """Return whether values are int8 codes that somebody cast: whole numbers, the largest of every row 127 or 0.
+
+    The first row of a weight settles it.
+    """
+    if data.dim() != 2 or data.shape[1] < 16:
+        return False
+    for rows in (data[:1], data):
+        largest = rows.abs().amax(1)
+        if not bool(((largest == 127) | (largest == 0)).all() and (rows == rows.round()).all()) or not rows.any():
+            return False
+    return True
 
 
 _launch.PLAIN_TYPES.add(Int8Params)

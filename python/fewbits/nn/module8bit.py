@@ -58,7 +58,7 @@ class Module8bit(QuantizedModule):
         if not isinstance(SCB, torch.Tensor) or not SCB.is_floating_point() or SCB.numel() != shape[0]:
             got = f"{SCB.numel()} of {SCB.dtype}" if isinstance(SCB, torch.Tensor) else type(SCB).__name__
             raise ValueError(f"SCB: expected {shape[0]} floating-point values, one a row, got {got}")
-        _check_format(stats.get("weight_format", _ROW))
+        check_format(stats.get("weight_format", _ROW))
         codes, scales = entry.detach(), SCB.detach().view(-1)
         if not assign:
             codes, scales = codes.to(device, copy=True), scales.to(device, torch.float32, copy=True)
@@ -76,7 +76,7 @@ class Module8bit(QuantizedModule):
         return Int8Params(values, weight.requires_grad, has_fp16_weights=weight.has_fp16_weights)
 
 
-def _check_format(value: Any) -> None:
+def check_format(value: Any) -> None:
     """Raise unless a checkpoint's codes are row by row. The layouts of older GPUs are not read."""
     if isinstance(value, torch.Tensor) and value.numel() == 1:
         value = int(value)

@@ -14,6 +14,9 @@ class QuantizedParameter(torch.nn.Parameter):
     """A parameter whose instance attributes are keywords of its constructor, and say how to read its data."""
 
     prepared: Any = None  # what a product needs of this memory and these scales; see `fewbits._prepared`
+    # Not among the attributes, which are keywords: whether the data were quantized by this class, so that a file, if
+    # there is one, has values; and whether this is on meta in the place of such codes, which were moved there.
+    __slots__ = ("_from_values", "_shell")
 
     def _is_quantized(self) -> bool:
         raise NotImplementedError
@@ -38,6 +41,37 @@ class QuantizedParameter(torch.nn.Parameter):
             self.__dict__.update(attributes(value))
         else:
             torch.Tensor.data.__set__(self, value)  # type: ignore[attr-defined]
+        self._from_values = self._shell = False
+        if isinstance(value, QuantizedParameter):
+            self._after(value)
+
+    @property
+    def dtype(self) -> torch.dtype:  # type: ignore[override]
+        """The dtype of the data; that of values where codes that this class made of values were moved to meta.
+
+        Offloaders leave such a shell behind, and cast what they bring back to its dtype. From a file they bring values:
+        cast to an integer dtype, these would be lost.
+        """
+        held = self._held_dtype()
+        return self._value_dtype() if self._is_shell() and not held.is_floating_point else held
+
+    def _is_shell(self) -> bool:
+        return self.is_meta and getattr(self, "_shell", False)
+
+    def _held_dtype(self) -> torch.dtype:
+        """Return the dtype of the data, on meta too."""
+        held: torch.dtype = torch.Tensor.dtype.__get__(self)  # type: ignore[attr-defined]
+        return held
+
+    def _value_dtype(self) -> torch.dtype:
+        """Return the dtype of the values that codes stand for."""
+        raise NotImplementedError
+
+    def _after(self, source: QuantizedParameter) -> Self:
+        """Take over where a moved parameter's codes come from."""
+        if getattr(source, "_from_values", False):
+            self._from_values, self._shell = True, self.is_meta
+        return self
 
     # ---- moving and casting ----------------------------------------------------------------------------------------
 
@@ -105,6 +139,15 @@ class QuantizedParameter(torch.nn.Parameter):
             args[0].__dict__.pop("prepared", None)
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **({} if kwargs is None else kwargs))
+
+
+def no_scales(what: str) -> ValueError:
+    """Return the error for codes that come back from an offload without what it takes to read them."""
+    return ValueError(
+        f"{what}: expected values, got quantized codes without their scales, as the offload of a pre-quantized model "
+        "to disk leaves them behind; keep its layers off the disk (device_map, max_memory), or offload a model that is "
+        "quantized as it is loaded"
+    )
 
 
 # What gives a tensor other memory without a new storage address.

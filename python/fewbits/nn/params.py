@@ -13,7 +13,7 @@ import torch
 from fewbits import _checks, _launch
 from fewbits._prepared import Prepared
 from fewbits.functional import quantize_4bit
-from fewbits.nn.parameter import QuantizedParameter, attributes, blank
+from fewbits.nn.parameter import QuantizedParameter, attributes, blank, no_scales
 from fewbits.quant_state import QuantState
 
 __all__ = ["Params4bit"]
@@ -108,8 +108,11 @@ class Params4bit(QuantizedParameter):
             data = torch.empty(0)
         elif not isinstance(data, torch.Tensor):
             raise TypeError(f"data: expected a tensor, got {type(data).__name__}")
-        elif isinstance(data, Params4bit):
+        source = data
+        if isinstance(data, Params4bit):
             data = data.data
+        if quant_state is None and module is not None:
+            quant_state = _state_of_module(data, module)
         if quant_state is not None and quant_state.shape is not None:
             data, bnb_quantized = _recognize(data, quant_state.shape, quant_storage, bnb_quantized)
         self: Params4bit = torch.Tensor._make_subclass(cls, data, requires_grad)
@@ -120,7 +123,7 @@ class Params4bit(QuantizedParameter):
         self.quant_storage = quant_storage
         self.bnb_quantized = bnb_quantized
         self.module = module
-        return self
+        return self._after(source) if isinstance(source, Params4bit) else self
 
     @classmethod
     def from_prequantized(
@@ -193,7 +196,7 @@ class Params4bit(QuantizedParameter):
             return self
         if always_copy and data.device == self.device:
             data = data.clone()
-        return self._like(data, quant_state=state)
+        return self._like(data, quant_state=state)._after(self)
 
     def _to_unpacked(
         self, device: torch.device | None, dtype: torch.dtype | None, non_blocking: bool, always_copy: bool
@@ -207,6 +210,9 @@ class Params4bit(QuantizedParameter):
         return self._like(self.data.to(device, dtype, non_blocking, always_copy))
 
     def _quantize(self, data: torch.Tensor) -> Params4bit:
+        shape = getattr(self.module, "_weight_shape", lambda: data.shape)()
+        if data.shape != shape and data.shape == (_checks.storage_count(prod(shape), torch.uint8), 1):
+            raise no_scales("Params4bit.data")
         _checks.check_dtype("Params4bit.data", data.dtype)
         codes, state = quantize_4bit(
             data,
@@ -217,10 +223,16 @@ class Params4bit(QuantizedParameter):
         )
         if self.module is not None:
             self.module.quant_state = state  # type: ignore[assignment]
-        return self._like(codes, quant_state=state, bnb_quantized=True)
+        quantized = self._like(codes, quant_state=state, bnb_quantized=True)
+        quantized._from_values = True
+        return quantized
 
     def _is_quantized(self) -> bool:
         return self.bnb_quantized
+
+    def _value_dtype(self) -> torch.dtype:
+        state = self.quant_state
+        return torch.float32 if state is None or state.dtype is None else state.dtype
 
     # ---- copying ---------------------------------------------------------------------------------------------------
 
@@ -261,10 +273,21 @@ def keywords(state: QuantState, quant_storage: torch.dtype) -> dict[str, Any]:
     }
 
 
+def _state_of_module(data: torch.Tensor, module: torch.nn.Module) -> QuantState | None:
+    """Return the state that a module has kept, for packed codes of just that shape that come without one."""
+    state: QuantState | None = getattr(module, "quant_state", None)
+    if state is None or state.shape is None or data.is_meta or data.shape == state.shape:
+        return None
+    count = _checks.storage_count(prod(state.shape), torch.uint8)
+    return state if data.shape == (count, 1) else None
+
+
 def _recognize(
     data: torch.Tensor, shape: torch.Size, quant_storage: torch.dtype, bnb_quantized: bool
 ) -> tuple[torch.Tensor, bool]:
     """Tell packed codes from values by their number, which is more reliable than a flag that was copied along."""
+    if data.is_meta:
+        return data, bnb_quantized
     size, n = data.numel(), prod(shape)
     if size == _checks.storage_count(n, data.dtype) and size != n:
         return data, True

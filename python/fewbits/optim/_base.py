@@ -12,6 +12,7 @@ from fewbits._checks import DTYPES
 from fewbits.codebook import create_dynamic_map
 from fewbits.optim import _states
 from fewbits.optim._families import ALIASES, DEFAULTS, FAMILIES, check_8bit, check_values, parse_betas
+from fewbits.optim._naming import Named
 from fewbits.optim._options import ARGS, MockArgs, Params
 from fewbits.optim._paged_states import local
 from fewbits.optim._plan import Plan
@@ -19,7 +20,7 @@ from fewbits.optim._prepare import Member
 from fewbits.optim._stepping import Stepping
 
 
-class Optimizer8bit(Stepping):
+class Optimizer8bit(Stepping, metaclass=Named):
     """What all optimizers of this package have in common.
 
     Parameters

@@ -109,6 +109,8 @@ class Adagrad8bit(_Adagrad):
         min_8bit_size: int = 4096,
         **options: Unpack[Options],
     ) -> None:
+        if optim_bits != 8:
+            raise ValueError(f"optim_bits: expected 8, got {optim_bits!r}")
         super().__init__(
             params,
             lr,

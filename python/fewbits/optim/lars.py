@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fewbits.optim._naming import Named
 from fewbits.optim._options import Options, Params
 from fewbits.optim.optimizer import Optimizer1State
 
@@ -144,7 +145,7 @@ class LARS32bit(_SizedLARS):
     _width = 32
 
 
-class PytorchLARS(torch.optim.Optimizer):
+class PytorchLARS(torch.optim.Optimizer, metaclass=Named):
     """LARS in operations of torch, as in bitsandbytes: a clip of the update rather than the ratio of the paper.
 
     The momentum buffer b is built as in `SGD`; where its norm (for `nesterov`, that of the update) is larger than

@@ -6,6 +6,7 @@
 use pyo3::prelude::*;
 
 mod blockwise;
+mod c_names;
 mod error;
 mod info;
 mod int8;
@@ -24,6 +25,8 @@ mod _native {
         codebook, dequantize_4bit, dequantize_4bit_nested, dequantize_blockwise, nested_workspace_size, quantize_4bit,
         quantize_4bit_nested, quantize_blockwise,
     };
+    #[pymodule_export]
+    use super::c_names::remember_table;
     #[pymodule_export]
     use super::error::Error;
     #[pymodule_export]

@@ -1,0 +1,3 @@
+"""Products with gradients."""
+
+from . import _functions

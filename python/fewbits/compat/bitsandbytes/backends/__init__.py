@@ -1,0 +1,3 @@
+"""Places where others look for kernels. What runs them is in fewbits."""
+
+from . import cpu, cuda, default, utils

@@ -1,0 +1,3 @@
+"""Kernels are in fewbits."""
+
+from . import ops

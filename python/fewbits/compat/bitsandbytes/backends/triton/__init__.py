@@ -1,0 +1,1 @@
+"""Kernels are in fewbits."""

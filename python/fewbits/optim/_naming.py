@@ -1,0 +1,23 @@
+"""What optimizer classes are called in text, where fewbits stands in for bitsandbytes.
+
+transformers' Trainer gives embeddings 32-bit states if ``"bitsandbytes" in str(optimizer_class)``. The classes keep
+their module, by which pickles find them.
+"""
+
+from __future__ import annotations
+
+from abc import ABCMeta
+
+_PACKAGE = "fewbits.optim."
+
+stands_in_as: str | None = None  # "bitsandbytes" after `install_as_bitsandbytes`
+
+
+class Named(ABCMeta):
+    """The class of optimizer classes. An ABCMeta, so that they can be mixed with abstract classes."""
+
+    def __repr__(cls) -> str:
+        module, name = cls.__module__, cls.__qualname__
+        if stands_in_as is not None and module.startswith(_PACKAGE):
+            module = f"{stands_in_as}.optim.{module.removeprefix(_PACKAGE).replace('_base', 'optimizer')}"
+        return f"<class '{module}.{name}'>"
