@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from fewbits import _checks
+from fewbits._backend import is_portable
 
 __all__ = ["optimizer_update_8bit_blockwise", "optimizer_update_32bit"]
 
@@ -184,10 +185,10 @@ class _Kind:
 
 
 class _Record:
-    """What `Launch` asks a configuration about."""
+    """What `Launch` and an `Entry` ask a configuration about."""
 
-    def __init__(self, record: bytes) -> None:
-        self.record = record
+    def __init__(self, record: bytes, names: tuple[str, ...]) -> None:
+        self.record, self.names = record, names
 
 
 def _update(
@@ -235,6 +236,10 @@ def _update(
         if maps is not None:
             _check_map(_states.map_name(key), maps[_states.map_name(key)])
 
+    record = _Record(pack(FAMILIES[family], values, float(lr), 0), names)
+    if is_portable(p.device):
+        _update_portably(family, g, p, states, record, step, gnorm_scale)
+        return
     bundle = Bundle(_Kind(family), p.device)  # type: ignore[arg-type]
     counter = torch.full((), step - 1, dtype=torch.int64, device=p.device)
     planes = [states[key].data_ptr() if key in names else 0 for key in ("state1", "state2", "state3")]
@@ -242,15 +247,36 @@ def _update(
     maxima = [states[key].data_ptr() if key in keys else 0 for key in ("absmax1", "absmax2")]
     row = (bundle.place(p), *planes, *maxima, p.numel(), counter.data_ptr(), 0, 0, 0, 0, 1, 0, 0, 0)
     kind = Key(bits, _checks.DTYPES[p.dtype], _checks.DTYPES[g.dtype], 0, False)
-    record = _Record(pack(FAMILIES[family], values, float(lr), 0))
     bundle.add(Launch(kind, [record], None), [row], [(0, 0)])  # type: ignore[list-item]
     bundle.finish()
     gradient = g.detach().contiguous()
-    bundle.send([gradient.data_ptr()], capturing=False)
+    bundle.send([gradient.data_ptr()], [gradient], capturing=False)
     control = None
     if gnorm_scale != 1.0:
         control = torch.tensor([gnorm_scale, 0.0], dtype=torch.float32).to(p.device)  # and a flag of zero bits
     bundle.step(0 if control is None else control.data_ptr(), capturing=False)
+    if not p.is_inference():
+        torch.autograd.graph.increment_version(p)
+
+
+def _update_portably(
+    family: str,
+    g: torch.Tensor,
+    p: torch.Tensor,
+    states: dict[str, Any],
+    record: _Record,
+    step: int,
+    gnorm_scale: float,
+) -> None:
+    from fewbits.portable.optim import PortableBundle, entry_of
+
+    bundle = PortableBundle(_Kind(family), p.device)  # type: ignore[arg-type]
+    counter = torch.full((), step - 1, dtype=torch.int64, device=p.device)
+    bundle.entries = [entry_of(family, 0, 0, p, {**states, "step": counter}, record)]  # type: ignore[arg-type]
+    bundle.send([], [g], capturing=False)
+    if gnorm_scale != 1.0:
+        bundle.control = torch.tensor([gnorm_scale, 0.0], dtype=torch.float32).view(torch.int32).to(p.device)
+    bundle.step(int(gnorm_scale != 1.0), capturing=False)
     if not p.is_inference():
         torch.autograd.graph.increment_version(p)
 
