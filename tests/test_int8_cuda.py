@@ -21,7 +21,18 @@ from fewbits._launch import target_queue
 
 pytestmark = pytest.mark.cuda
 
-PRODUCTS = ["plain", "mma_16", "mma_128", "skinny_own", "skinny_8", "skinny_16", "wide_64", "wide_128", "wide_256"]
+PRODUCTS = [
+    "plain",
+    "mma_16",
+    "mma_128",
+    "skinny_own",
+    "skinny_8",
+    "skinny_16",
+    "skinny_32",
+    "wide_64",
+    "wide_128",
+    "wide_256",
+]
 # Rows, out features, columns: tiles and stages that are not whole, more tiles than a GPU takes at once, k that the
 # copy engine cannot read.
 SHAPES = [
@@ -29,6 +40,7 @@ SHAPES = [
     (3, 4100, 272),
     (8, 136, 8192),
     (16, 514, 4112),
+    (31, 200, 2064),
     (40, 260, 1040),
     (129, 4097, 528),
     (300, 1000, 16),

@@ -147,19 +147,34 @@ def test_checkpointed(name: str, reentrant: bool, short: list[str]) -> None:
     torch.testing.assert_close(given.grad, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["nf4", "int8"])
-def test_the_weight_is_no_activation(name: str, short: list[str]) -> None:
-    layer, packed = prepared(LAYERS[name]), []
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("name", LAYERS)
+def test_checkpointed_from_the_first_call_on(name: str, reentrant: bool, short: list[str]) -> None:
+    layer, x = LAYERS[name](), torch.randn(3, K)
+    given = x.clone().requires_grad_()
+    checkpoint(layer, given, use_reentrant=reentrant).sum().backward()  # prepared in between
+    assert "forward" in short  # of the recomputation
+    expected = gradients(layer, x, torch.ones(3, N))[1]
+    torch.testing.assert_close(given.grad, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_saves_what_the_long_way_saves(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, saved = prepared(LAYERS[name]), []
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
-        packed.append(tensor)
+        saved.append((tensor.shape, tensor.dtype, tensor.data_ptr()))
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        y = layer(torch.randn(3, K, requires_grad=True))
-    assert not packed
-    y.sum().backward()
-    assert short == ["forward", "backward"]
+        layer(torch.randn(3, K, requires_grad=True))
+        ours = list(saved)
+        saved.clear()
+        monkeypatch.setattr("fewbits._prepared.arguments", lambda *args: None)
+        monkeypatch.setattr("fewbits._int8_prepared.arguments", lambda *args: None)
+        layer(torch.randn(3, K, requires_grad=True))
+    assert ours
+    assert ours == saved
 
 
 @pytest.mark.parametrize("name", ["nf4 without bias", "int8 without bias"])

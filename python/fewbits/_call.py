@@ -33,12 +33,6 @@ storage_address: Callable[[torch.Tensor], int] = getattr(
 )
 
 
-def versions(codes: torch.Tensor, scales: torch.Tensor) -> tuple[int, int]:
-    """Return the counts of writes to a weight's parts."""
-    with torch._C.DisableTorchFunctionSubclass():  # as above
-        return codes._version, scales._version
-
-
 class PreparedWeight(Protocol):
     """A quantized weight as native code takes it."""
 
@@ -124,8 +118,11 @@ class Weight(Protocol):
     def run(self, A: torch.Tensor, bias: torch.Tensor | None, call: Arguments) -> torch.Tensor:
         """Return ``A @ W.T + bias``."""
 
+    def parts(self) -> tuple[torch.Tensor | None, ...]:
+        """Return the weight's tensors, those that the long way saves and in its order."""
+
     def current(self) -> PreparedWeight | None:
-        """Return the prepared weight, if it is still what it was; raise RuntimeError if it was written to."""
+        """Return the prepared weight, if it is still what it was."""
 
     def grad(self, grad_output: torch.Tensor) -> torch.Tensor:
         """Return ``grad_output @ W`` by the long way, with gradients of its own."""
@@ -134,18 +131,20 @@ class Weight(Protocol):
 class Product(torch.autograd.Function):
     """A product with a prepared weight for plain autograd. Arguments: A, bias, the weight, the call's arguments.
 
-    The weight is kept as it is and not among the saved tensors: whoever moves those elsewhere means activations.
+    What it saves is what the long way saves: a checkpoint may go one way at first and the other when it recomputes.
     """
 
     @staticmethod
     def forward(ctx: Any, A: torch.Tensor, bias: torch.Tensor | None, weight: Weight, call: Arguments) -> torch.Tensor:
         ctx.weight, ctx.dtype = weight, A.dtype
+        ctx.save_for_backward(*weight.parts())
         return weight.run(A, bias, call)
 
     @staticmethod
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         grad_A = grad_bias = None
         wants_A, wants_bias, _, _ = ctx.needs_input_grad
+        _ = ctx.saved_tensors  # raises if the weight has been written to
         if wants_A:
             grad_A = _grad(ctx.weight, grad_output if grad_output.dtype is ctx.dtype else grad_output.to(ctx.dtype))
         if wants_bias:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from fewbits import _native
-from fewbits._call import Arguments, Product, arguments, storage_address, versions, wants_grad
+from fewbits._call import Arguments, Product, arguments, storage_address, wants_grad
 from fewbits._direct import fits, target_of
 from fewbits._int8 import bind
 from fewbits._int8_product import Weight, dense
@@ -57,20 +57,18 @@ def prepare(CB: Any, SCB: Any) -> Prepared8 | None:
 class _Held:
     """A weight for the gradients of a product with it."""
 
-    __slots__ = ("codes", "prepared", "scales", "threshold", "versions")
+    __slots__ = ("codes", "prepared", "scales", "threshold")
 
     def __init__(self, prepared: Prepared8, codes: torch.Tensor, scales: torch.Tensor, threshold: float) -> None:
         self.prepared, self.codes, self.scales, self.threshold = prepared, codes, scales, threshold
-        self.versions = versions(codes, scales)
 
     def run(self, A: torch.Tensor, bias: torch.Tensor | None, call: Arguments) -> torch.Tensor:
         return _run(self.prepared, A, self.threshold, call)
 
+    def parts(self) -> tuple[torch.Tensor | None, ...]:
+        return self.codes, self.scales, None  # no activations
+
     def current(self) -> Prepared8 | None:
-        if self.versions != versions(self.codes, self.scales):
-            raise RuntimeError(
-                "Linear8bitLt: the weight was modified by an inplace operation after a product whose gradient needs it"
-            )
         return self.prepared if self.prepared.describes(self.codes, self.scales) else None
 
     def grad(self, grad_output: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from fewbits import _native
-from fewbits._call import Arguments, Product, arguments, storage_address, versions, wants_grad
+from fewbits._call import Arguments, Product, arguments, storage_address, wants_grad
 from fewbits._checks import BLOCKSIZES, QUANT_TYPES, storage_count
 from fewbits._direct import fits, nested_addresses, target_of
 from fewbits._launch import PLAIN_TYPES, is_observed
@@ -123,22 +123,23 @@ def prepare(B: Any, state: QuantState) -> Prepared | None:
 class _Held:
     """A weight for the gradients of a product with it."""
 
-    __slots__ = ("codes", "prepared", "state", "versions")
+    __slots__ = ("codes", "prepared", "state")
 
     def __init__(self, prepared: Prepared, codes: torch.Tensor, state: QuantState) -> None:
         self.prepared, self.codes, self.state = prepared, codes, state
-        self.versions = versions(codes, state.absmax)
 
     def run(self, A: torch.Tensor, bias: torch.Tensor | None, call: Arguments) -> torch.Tensor:
         return _run(self.prepared, A, bias, call)
 
+    def parts(self) -> tuple[torch.Tensor | None, ...]:
+        nested = self.prepared.nested
+        if nested is None:
+            return self.codes, self.prepared.absmax, None, None, None
+        _, absmax, _, code, _, offset, _, _ = nested
+        return self.codes, self.prepared.absmax, code, absmax, offset
+
     def current(self) -> Prepared | None:
-        codes, state = self.codes, self.state
-        if self.versions != versions(codes, state.absmax):
-            raise RuntimeError(
-                "matmul_4bit: the weight was modified by an inplace operation after a product whose gradient needs it"
-            )
-        return self.prepared if self.prepared.describes(codes, state) else None
+        return self.prepared if self.prepared.describes(self.codes, self.state) else None
 
     def grad(self, grad_output: torch.Tensor) -> torch.Tensor:
         return product(grad_output, None, True, weight_parts(self.codes.data, self.state))

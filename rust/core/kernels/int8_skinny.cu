@@ -17,7 +17,6 @@
 
 constexpr int WARPS = 8, THREADS = WARPS * WARP;
 constexpr int BOX = 128;     // columns, and bytes, of a box
-constexpr int DEPTH = 4;
 constexpr int LIST = 32;     // outlier columns whose left-overs are kept; there may be more
 constexpr int OWN_BYTES = 64 * 1024;
 
@@ -28,7 +27,7 @@ struct Problem {
     float threshold;   // where they are not
 };
 
-template <class E, bool OWN, int NT, int RT>
+template <class E, bool OWN, int NT, int RT, int DEPTH>
 struct Skinny {
     typedef typename E::storage storage;
     static constexpr int TOKENS = 8 * NT, ROWS = 16 * RT, BOXES = 2 / RT, STAGE = BOX * BOXES;
@@ -367,9 +366,10 @@ struct Skinny {
         Instance::run(p);                                                                                                \
     }
 #define SKINNIES(DTYPE, E)                                                                                               \
-    SKINNY(int8_skinny_own_##DTYPE, E, true, 1, 1)                                                                       \
-    SKINNY(int8_skinny_8_##DTYPE, E, false, 1, 1)                                                                        \
-    SKINNY(int8_skinny_16_##DTYPE, E, false, 2, 2)
+    SKINNY(int8_skinny_own_##DTYPE, E, true, 1, 1, 4)                                                                       \
+    SKINNY(int8_skinny_8_##DTYPE, E, false, 1, 1, 4)                                                                        \
+    SKINNY(int8_skinny_16_##DTYPE, E, false, 2, 2, 4)                                                                    \
+    SKINNY(int8_skinny_32_##DTYPE, E, false, 4, 2, 3)
 SKINNIES(f32, F32)
 SKINNIES(f16, F16)
 SKINNIES(bf16, BF16)

@@ -178,8 +178,12 @@ impl Call {
                     let tiles = m.div_ceil(rows) * n.div_ceil(128);
                     self.launch(arguments![operands], Grid::Overlapping(tiles as u64))
                 }
-                Int8Product::SkinnyOwn | Int8Product::Skinny8 | Int8Product::Skinny16 => {
-                    let (rows, tokens) = if self.product == Int8Product::Skinny16 { (32, 16) } else { (16, 8) };
+                Int8Product::SkinnyOwn | Int8Product::Skinny8 | Int8Product::Skinny16 | Int8Product::Skinny32 => {
+                    let (rows, tokens) = match self.product {
+                        Int8Product::Skinny32 => (32, 32),
+                        Int8Product::Skinny16 => (32, 16),
+                        _ => (16, 8),
+                    };
                     let map = weight_matrix(weight, rows).map()?;
                     // Own rows do not come by the copy engine.
                     let own = self.product == Int8Product::SkinnyOwn;

@@ -20,6 +20,8 @@ pub enum Int8Product {
     Skinny8,
     /// int8_skinny.cu, up to 16 quantized rows
     Skinny16,
+    /// int8_skinny.cu, up to 32 quantized rows
+    Skinny32,
     /// int8_wgmma.cu, tiles of 64 rows
     Wide64,
     /// int8_wgmma.cu, tiles of 128 rows
@@ -37,13 +39,14 @@ const OWN_STAGE: usize = 256;
 
 impl Int8Product {
     /// All of them.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::Plain,
         Self::Mma16,
         Self::Mma128,
         Self::SkinnyOwn,
         Self::Skinny8,
         Self::Skinny16,
+        Self::Skinny32,
         Self::Wide64,
         Self::Wide128,
         Self::Wide256,
@@ -58,6 +61,7 @@ impl Int8Product {
             Self::SkinnyOwn => "skinny_own",
             Self::Skinny8 => "skinny_8",
             Self::Skinny16 => "skinny_16",
+            Self::Skinny32 => "skinny_32",
             Self::Wide64 => "wide_64",
             Self::Wide128 => "wide_128",
             Self::Wide256 => "wide_256",
@@ -69,7 +73,7 @@ impl Int8Product {
         match self {
             Self::Plain => "int8_plain",
             Self::Mma16 | Self::Mma128 => "int8_mma",
-            Self::SkinnyOwn | Self::Skinny8 | Self::Skinny16 => "int8_skinny",
+            Self::SkinnyOwn | Self::Skinny8 | Self::Skinny16 | Self::Skinny32 => "int8_skinny",
             Self::Wide64 | Self::Wide128 | Self::Wide256 => "int8_wgmma",
         }
     }
@@ -110,6 +114,7 @@ impl Int8Product {
             Self::SkinnyOwn => m <= 8 && m.next_power_of_two() * k.next_multiple_of(OWN_STAGE) <= OWN_BYTES,
             Self::Skinny8 => m <= 8,
             Self::Skinny16 => m <= 16,
+            Self::Skinny32 => m <= 32,
             _ => true,
         }
     }
@@ -161,6 +166,7 @@ pub struct Circumstances {
 /// | 1, 4, few enough columns | `skinny_own`: one launch | 9.5, 12.2 | 21.7, 25.4 | 20.4, 22.5 | `skinny_8`: 14.3, 26.6, 24.9 for 4 |
 /// | 8, very few columns | the same | 13.8 | | 24.6 | `skinny_8`: 14.4, 24.6 |
 /// | 8, 16 | `skinny_8`, `skinny_16` | 14.4, 14.5 | 26.8, 28.1 | 24.6, 25.2 | `wide_64`: 17.5, 34.5, 27.3 for 16 |
+/// | 32 | `skinny_32` | 14.5 | 29.8 | 27.7 | `wide_64`: 17.8, 34.5, 28.0 |
 /// | more | the shortest estimate of `wide_64`, `wide_128`, `wide_256` | | | | |
 ///
 /// Elsewhere, and where rows do not start on 16 bytes: `plain` up to 4 rows, `mma_16` up to 16, `mma_128`; `plain` before compute
@@ -186,6 +192,7 @@ pub fn choose(m: usize, n: usize, k: usize, at: Circumstances) -> Result<Int8Pro
             ..=8 if takes(Int8Product::SkinnyOwn) && (m <= 4 || m * k <= OWN_BYTES / 2) => Int8Product::SkinnyOwn,
             ..=8 => Int8Product::Skinny8,
             9..=16 => Int8Product::Skinny16,
+            17..=32 => Int8Product::Skinny32,
             _ => {
                 let others = [Int8Product::Wide64, Int8Product::Wide128];
                 others.into_iter().fold(
