@@ -42,7 +42,7 @@ NATIVE_FILES = {
 }
 NATIVE_TESTS = {
     *("test_native_arguments", "test_the_short_way_is_taken", "test_every_simd_path_gives_the_same_bytes"),
-    "test_wrong_device_index",
+    *("test_wrong_device_index", "test_cuda_graph", "test_nothing_waits_for_the_device"),
     *("test_memory_on_the_cpu", "test_peak_memory", "test_a_row_does_not_depend_on_the_others"),
 }
 

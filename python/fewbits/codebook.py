@@ -45,7 +45,7 @@ def shared_table(name: str, device: torch.device) -> torch.Tensor:
             if type(place) is not int:  # "mps" is "mps:0"
                 table = _cache.setdefault((name, table.device), table)
             _cache[name, place] = table
-            if type(place) is int and place >= 0 and name in ("nf4", "fp4"):
+            if device.type == "cuda" and device.type in NATIVE_TYPES and name in ("nf4", "fp4"):
                 _native.remember_table(table.data_ptr(), ("nf4", "fp4").index(name))  # it is here for good
     return table
 
