@@ -17,7 +17,7 @@ __version__ = _VERSION
 
 # By these, transformers, diffusers and accelerate know that there need not be a GPU, and which devices will do.
 features = {"multi_backend"}
-supported_torch_devices = {"cpu", "cuda"}
+supported_torch_devices = {"cpu", "cuda", "mps", "xpu"}
 
 
 def _import_backends() -> None:
