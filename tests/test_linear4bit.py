@@ -137,6 +137,15 @@ def test_plain_weight_is_recovered(device: torch.device) -> None:
         assert torch.equal(layer(x.requires_grad_()), expected)
 
 
+def test_a_parameter_that_lost_its_state_gets_it_back(device: torch.device) -> None:
+    layer = Linear4bit(64, 32, quant_type="nf4").to(device)
+    x = torch.randn(2, 64, device=device)
+    expected, state = layer(x), layer.weight.quant_state
+    layer.weight.quant_state = None
+    assert torch.equal(layer(x), expected)
+    assert layer.weight.quant_state is state
+
+
 def test_replaced_parameter_wins() -> None:
     layer, other = make(), make()
     other.weight.data = Params4bit(randn(N, K, seed=9), quant_type="nf4").to("cpu")

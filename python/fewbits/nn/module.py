@@ -53,6 +53,8 @@ class Module4bit(QuantizedModule):
                 )
             if not tracing and state.absmax.device != weight.device:
                 state = self.quant_state = state.moved(weight.device)
+            if not tracing and isinstance(weight, Params4bit):  # a parameter that has lost its state gets it back
+                weight.quant_state = state
         elif not tracing and self.quant_state is not state:
             self.quant_state = state
         return state
