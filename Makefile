@@ -27,7 +27,7 @@ START := $(or $(START),$(shell date +%s))
 export START
 say = @printf '\n== %s (%ss)\n' "$(1)" "$$(($$(date +%s) - START))"
 
-.PHONY: help setup demo test test-portable test-rust format lint types sdist wheel kernels-check bench all clean
+.PHONY: help setup demo test test-portable test-hf test-rust format lint types sdist wheel kernels-check bench all clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -94,6 +94,24 @@ test-portable: setup ## run the tests of the API on plain torch operations, whic
 	$(call say,tests on plain torch operations)
 	cd tests && FEWBITS_BACKEND=portable $(PY) -m pytest $(PORTABLE_TESTS) $(PYTEST_ARGS)
 
+# Each set of versions in an environment of its own, which sees .venv's torch and wheel behind its own packages.
+HF_SETS := hf4 hf5
+HF_TESTS := test_hf_models.py test_hf_training.py test_hf_offload.py test_hf_late.py
+
+$(VENV)-%/.installed: $(VENV)/.installed pyproject.toml
+	$(call say,environment $*)
+	test -x $(VENV)-$*/bin/python || $(PYTHON) -m venv --without-pip $(VENV)-$*
+	$(PY) -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+		> "$$($(VENV)-$*/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/shared.pth"
+	$(PY) -m pip --disable-pip-version-check --quiet --python $(VENV)-$*/bin/python install --group $*
+	touch $@
+
+test-hf: $(HF_SETS:%=test-%) ## run tests with transformers, peft, accelerate and trl, two sets of versions
+
+$(HF_SETS:%=test-%): test-%: $(VENV)-%/.installed
+	$(call say,tests with $*)
+	cd tests && $(CURDIR)/$(VENV)-$*/bin/python -m pytest $(HF_TESTS) $(PYTEST_ARGS)
+
 # ---- checks --------------------------------------------------------------------------------------------------------
 
 format: $(VENV)/.tools ## format everything
@@ -142,6 +160,7 @@ all: ## everything that CI runs
 	$(MAKE) --no-print-directory demo
 	$(MAKE) --no-print-directory test
 	$(MAKE) --no-print-directory test-portable
+	$(MAKE) --no-print-directory test-hf
 
 clean: ## remove what make built, the environment included
-	rm -rf $(VENV) $(DIST) target
+	rm -rf $(VENV) $(HF_SETS:%=$(VENV)-%) $(DIST) target
