@@ -52,13 +52,12 @@ import torch.nn.functional as F  # noqa: E402
 import fewbits.functional  # noqa: E402
 import fewbits.nn  # noqa: E402
 from common import Call, Row, bitsandbytes, cell, cuda_us, host_us, judge, medians, save, show, wall_us  # noqa: E402
-from products import Rates, copies, measure_rates  # noqa: E402
+from products import NAMES, Rates, conclude, copies, measure_rates, shown  # noqa: E402
 
 DEVICE = torch.device(ARGS.device)
 PEER = bitsandbytes() if ARGS.vs else None
 PARTIAL = ARGS.quick or ARGS.shapes is not None or ARGS.ms is not None
 ROUNDS = 3 if ARGS.quick else 5
-NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
 class Work(NamedTuple):
@@ -128,15 +127,6 @@ def aim_cpu(work: Work, row: Row) -> Row:
 
 
 # ---- products ------------------------------------------------------------------------------------------------------
-
-
-def conclude(work: Work, floor: float, us: float | None, dense_us: float | None, peer_us: float | None) -> Row:
-    assert us is not None
-    assert dense_us is not None
-    row: Row = {"work": work.label, "dtype": NAMES[work.dtype], "m": work.m, "floor_us": floor, "us": us}
-    row |= {"x_floor": us / floor, "dense_us": dense_us, "x_dense": us / dense_us, "bitsandbytes_us": peer_us}
-    row["times_faster"] = peer_us / us if peer_us else None
-    return row
 
 
 def bind(modules: list[object], x: torch.Tensor) -> list[Call]:
@@ -246,13 +236,8 @@ def main() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it says on every call that it casts
     start = time.monotonic()
     rates = measure_rates(DEVICE, ROUNDS)
-    rows = []
     with torch.no_grad():
-        for row in cuda_rows(rates) if DEVICE.type == "cuda" else cpu_rows(rates):
-            rows.append(row)
-            verdict = {True: "met", False: "MISSED", None: ""}[row.get("met")]
-            shown = [f"{k} {cell(v)}" for k, v in row.items() if v is not None and k not in ("work", "met")]
-            print(f"[{time.monotonic() - start:4.0f} s] {row['work']}:", ", ".join(shown), verdict, flush=True)
+        rows = list(shown(cuda_rows(rates) if DEVICE.type == "cuda" else cpu_rows(rates), start))
     facts = {"copy_gb_per_s": rates.bytes / 1e3, "matmul_tflops": rates.flops / 1e6}
     show(f"LLM.int8() on {DEVICE.type}, " + ", ".join(f"{k} {cell(v)}" for k, v in facts.items()), rows)
     if not PARTIAL:

@@ -60,13 +60,12 @@ from common import (  # noqa: E402
     show,
     wall_us,
 )
-from products import Rates, copies, measure_rates  # noqa: E402
+from products import NAMES, Rates, conclude, copies, measure_rates, shown  # noqa: E402
 
 DEVICE = torch.device(ARGS.device)
 PEER = bitsandbytes() if ARGS.vs else None
 PARTIAL = ARGS.quick or ARGS.shapes is not None or ARGS.ms is not None
 ROUNDS = 3 if ARGS.quick else 5
-NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
 class Work(NamedTuple):
@@ -169,15 +168,6 @@ def time_cuda(work: Work, weights: Weights, rates: Rates) -> Row:
     return conclude(work, floor, us, dense_us, peer[0] if peer else None)
 
 
-def conclude(work: Work, floor: float, us: float | None, dense_us: float | None, peer_us: float | None) -> Row:
-    assert us is not None
-    assert dense_us is not None
-    row: Row = {"work": work.label, "dtype": NAMES[work.dtype], "m": work.m, "floor_us": floor, "us": us}
-    row |= {"x_floor": us / floor, "dense_us": dense_us, "x_dense": us / dense_us, "bitsandbytes_us": peer_us}
-    row["times_faster"] = peer_us / us if peer_us else None
-    return row
-
-
 def cuda_rows(rates: Rates) -> Iterator[Row]:
     ms = ARGS.ms or ((1, 8, 16, 64, 128, 512, 4096) if ARGS.quick else MS)
     plain: dict[tuple[int, int, int], float] = {}
@@ -273,14 +263,7 @@ def main() -> None:
     torch.manual_seed(0)
     start = time.monotonic()
     rates = measure_rates(DEVICE, ROUNDS)
-    rows = []
-    for row in cuda_rows(rates) if DEVICE.type == "cuda" else cpu_rows(rates):
-        rows.append(row)
-        verdict = {True: "met", False: "MISSED", None: ""}[row.get("met")]
-        shown = [
-            f"{key} {cell(value)}" for key, value in row.items() if value is not None and key not in ("work", "met")
-        ]
-        print(f"[{time.monotonic() - start:4.0f} s] {row['work']}:", ", ".join(shown), verdict, flush=True)
+    rows = list(shown(cuda_rows(rates) if DEVICE.type == "cuda" else cpu_rows(rates), start))
     facts = {"copy_gb_per_s": rates.bytes / 1e3, "matmul_tflops": rates.flops / 1e6}
     if forced := os.environ.get("FEWBITS_MATMUL4"):
         facts["forced_path"] = forced

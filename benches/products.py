@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 
-from common import copy_rate, cuda_us, medians, wall_us
+from common import Row, cell, copy_rate, cuda_us, medians, wall_us
+
+NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+
+class Work(Protocol):
+    """A product of m tokens."""
+
+    @property
+    def label(self) -> str: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def m(self) -> int: ...
 
 
 class Rates(NamedTuple):
@@ -31,3 +45,23 @@ def copies(device: torch.device, first: object, nbytes: int, duplicate: Callable
     """As many copies of a weight as are three times the L2."""
     l2 = torch.cuda.get_device_properties(device).L2_cache_size
     return [first, *(duplicate(first) for _ in range(min(63, 3 * l2 // nbytes)))]
+
+
+def conclude(work: Work, floor: float, us: float | None, dense_us: float | None, peer_us: float | None) -> Row:
+    assert us is not None
+    assert dense_us is not None
+    row: Row = {"work": work.label, "dtype": NAMES[work.dtype], "m": work.m, "floor_us": floor, "us": us}
+    row |= {"x_floor": us / floor, "dense_us": dense_us, "x_dense": us / dense_us, "bitsandbytes_us": peer_us}
+    row["times_faster"] = peer_us / us if peer_us else None
+    return row
+
+
+def shown(rows: Iterable[Row], start: float) -> Iterator[Row]:
+    """Pass rows on, each printed as it is there."""
+    for row in rows:
+        verdict = {True: "met", False: "MISSED", None: ""}[row.get("met")]
+        facts = [
+            f"{key} {cell(value)}" for key, value in row.items() if value is not None and key not in ("work", "met")
+        ]
+        print(f"[{time.monotonic() - start:4.0f} s] {row['work']}:", ", ".join(facts), verdict, flush=True)
+        yield row

@@ -69,7 +69,7 @@ class Layer:
         """The whole operation, on the current stream."""
         device, queue = target_queue(self.x.device)
         out = torch.full((self.m, self.n), float("nan"), dtype=self.dtype, device=self.x.device)
-        size = _native.int8_linear_workspace_size(self.m, self.n, self.k, threshold > 0, device)
+        size = _native.int8_linear_workspace_size(self.m, self.n, self.k, device)
         # Whatever the memory holds.
         workspace = torch.randint(0, 256, (size,), dtype=torch.uint8, device=self.x.device)
         arguments = (self.weight.data_ptr(), self.n, self.scale.data_ptr(), self.bias.data_ptr(), out.data_ptr())

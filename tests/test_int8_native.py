@@ -242,7 +242,7 @@ class Product:
             weight = (self.weight.address, n, self.col.address)
             _native.int8_matmul(*codes, *weight, x_and_mask[1], bias, out.address, *self.target)
             return out.read("out").reshape(m, n)
-        size = _native.int8_linear_workspace_size(m, n, k, self.threshold > 0, self.target[0])
+        size = _native.int8_linear_workspace_size(m, n, k, self.target[0])
         workspace = Place(size, torch.uint8, x.poison.device)
         rest = (bias, out.address, workspace.address if size else 0, *self.target)
         if how == "linear":

@@ -11,22 +11,15 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch.autograd import forward_ad
 
 from fewbits._checks import DTYPES
 from fewbits._direct import fits
-from fewbits._launch import PLAIN_TYPES
+from fewbits._launch import PLAIN_TYPES, is_unusual
 from fewbits._panel import Bound, multiply_panels_transposed
 
 _Tensor = torch.Tensor
 _is_grad_enabled, _get_num_threads = torch.is_grad_enabled, torch.get_num_threads
-_dispatch_modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
-_transforms, _is_traced = torch._C._functorch.peek_interpreter_stack, torch._C._is_tracing
-_is_autocast_cuda, _is_autocast, _autocast_dtype = (
-    torch.is_autocast_enabled,
-    torch.is_autocast_enabled,
-    torch.get_autocast_dtype,
-)
+_is_autocast, _autocast_dtype = torch.is_autocast_enabled, torch.get_autocast_dtype
 # Asks no subclass's __torch_function__, which takes longer than all the rest.
 storage_address: Callable[[torch.Tensor], int] = getattr(
     torch._C, "_data_address", lambda tensor: tensor.untyped_storage().data_ptr()
@@ -53,17 +46,6 @@ class Arguments(NamedTuple):
     queue: int
 
 
-def is_unusual() -> bool:
-    """Return whether a mode, a transform or a trace sees calls; not the compiler, for which callers ask before."""
-    return bool(
-        _dispatch_modes()
-        or _function_modes()
-        or _transforms() is not None
-        or _is_traced()
-        or forward_ad._current_level >= 0
-    )
-
-
 def arguments(weight: PreparedWeight, A: Any, bias: Any) -> Arguments | None:
     """Return the arguments of ``A @ W.T + bias``, its memory included, if it is an ordinary product."""
     if type(A) is not _Tensor or is_unusual():
@@ -73,7 +55,7 @@ def arguments(weight: PreparedWeight, A: Any, bias: Any) -> Arguments | None:
     if number is None or A.device != weight.device or not A.is_contiguous() or A.is_neg():
         return None
     if ordinal >= 0:
-        if _is_autocast_cuda() and _autocast_dtype("cuda") is not dtype:
+        if _is_autocast() and _autocast_dtype("cuda") is not dtype:
             return None
         queue = torch._C._cuda_getCurrentRawStream(ordinal)
     else:

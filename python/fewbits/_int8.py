@@ -72,7 +72,7 @@ def int8_linear(
     if ordinal == PORTABLE:
         portable.linear(x, codes, scales, float(threshold), added, result)
         return deliver(result, out)
-    size = _native.int8_linear_workspace_size(m, n, k, threshold > 0, ordinal)
+    size = _native.int8_linear_workspace_size(m, n, k, ordinal)
     workspace = torch.empty((size,), dtype=torch.uint8, device=A.device)
     _native.int8_linear(
         x.data_ptr(),

@@ -24,23 +24,23 @@ class Prepared8:
 
     def __init__(self, CB: torch.Tensor, SCB: torch.Tensor, ordinal: int) -> None:
         self.n, self.k = CB.shape
-        self.linear = _native.Int8Weight(CB.data_ptr(), self.n, self.k, SCB.data_ptr()).linear
         self.bound = bind(CB, SCB)._replace(alive=())
+        self.linear = _native.Int8Weight(*self.bound.native).linear
         self.device, self.ordinal, self.base = CB.device, ordinal, storage_address(CB)
         self.scales, self.scales_address = SCB, SCB.data_ptr()
-        self.sizes: dict[tuple[int, bool], int] = {}
+        self.sizes: dict[int, int] = {}
 
     def describes(self, CB: torch.Tensor, SCB: torch.Tensor) -> bool:
         """Return whether codes and scales are still what this was read from."""
         return SCB is self.scales and SCB.data_ptr() == self.scales_address and storage_address(CB) == self.base
 
-    def workspace_size(self, m: int, mixed: bool) -> int:
+    def workspace_size(self, m: int) -> int:
         """Return how many bytes of workspace m rows need."""
-        size = self.sizes.get((m, mixed))
+        size = self.sizes.get(m)
         if size is None:
             if len(self.sizes) >= _SIZES:
                 self.sizes.clear()
-            size = self.sizes[m, mixed] = _native.int8_linear_workspace_size(m, self.n, self.k, mixed, self.ordinal)
+            size = self.sizes[m] = _native.int8_linear_workspace_size(m, self.n, self.k, self.ordinal)
         return size
 
 
@@ -97,7 +97,7 @@ def multiply(
 
 def _run(prepared: Prepared8, A: torch.Tensor, threshold: float, call: Arguments) -> torch.Tensor:
     m, number, bias_address, y, queue = call
-    size = prepared.workspace_size(m, threshold > 0.0)
+    size = prepared.workspace_size(m)
     workspace = A.new_empty(size, dtype=_uint8) if size else None
     address = 0 if workspace is None else workspace.data_ptr()
     prepared.linear(A.data_ptr(), m, number, threshold, bias_address, y.data_ptr(), address, prepared.ordinal, queue)

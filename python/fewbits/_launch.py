@@ -50,6 +50,18 @@ def is_observed() -> bool:
     return bool(_is_compiling() or _dispatch_modes() or _function_modes() or _transforms() is not None or _is_traced())
 
 
+def is_unusual() -> bool:
+    """Return whether calls are observed, or forward-mode derivatives taken; callers have asked for the compiler."""
+    # Not by way of the others: it is asked on the shortest way of all.
+    return bool(
+        _dispatch_modes()
+        or _function_modes()
+        or _transforms() is not None
+        or _is_traced()
+        or forward_ad._current_level >= 0
+    )
+
+
 def is_transformed() -> bool:
     """Return whether functorch transforms, or forward-mode derivatives are taken, now."""
     return bool(_transforms() is not None or forward_ad._current_level >= 0)

@@ -13,6 +13,8 @@ from fewbits._states import dequantize_as
 from fewbits.autograd import matmul_4bit
 
 int8_scaled_mm = F.int8_scaled_mm
+int8_mixed_scaled_mm = F.int8_mixed_scaled_mm
+int8_vectorwise_quant = F.int8_vectorwise_quant
 int8_linear_matmul = F.int8_linear_matmul
 int8_vectorwise_dequant = F.int8_vectorwise_dequant
 
@@ -25,24 +27,6 @@ def into(kernel: Callable[..., torch.Tensor]) -> Callable[..., None]:
         kernel(*inputs, out=out)
 
     return write
-
-
-def int8_mixed_scaled_mm(
-    A: torch.Tensor,
-    CA: torch.Tensor,
-    CB: torch.Tensor,
-    SCA: torch.Tensor,
-    SCB: torch.Tensor,
-    outlier_cols: torch.Tensor | None = None,
-    bias: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    return F.int8_mixed_scaled_mm(A, CA, CB, SCA, SCB, outlier_cols, bias)
-
-
-def int8_vectorwise_quant(
-    A: torch.Tensor, threshold: float = 0.0
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    return F.int8_vectorwise_quant(A, threshold)
 
 
 def int8_mm_dequant(

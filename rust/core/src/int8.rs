@@ -169,10 +169,10 @@ pub unsafe fn matmul(rows: Rows, codes: Codes, weight: Weight, output: Output, t
 ///
 /// # Errors
 /// A driver failure.
-pub fn linear_workspace_size(m: usize, n: usize, k: usize, outliers: bool, target: Target) -> Result<usize> {
+pub fn linear_workspace_size(m: usize, n: usize, k: usize, target: Target) -> Result<usize> {
     match target {
         Target::Cpu { .. } => Ok(0),
-        Target::Cuda { device, .. } => cuda::int8::linear_workspace_size(m, n, k, outliers, device),
+        Target::Cuda { device, .. } => cuda::int8::linear_workspace_size(m, n, k, device),
     }
 }
 

@@ -80,8 +80,8 @@ pub fn int8_linear(
 
 /// Bytes of memory on the device that `int8_linear` needs; 0 on the CPU.
 #[pyfunction]
-pub fn int8_linear_workspace_size(m: usize, n: usize, k: usize, outliers: bool, device: i64) -> Result<usize> {
-    Ok(int8::linear_workspace_size(m, n, k, outliers, target(device, 1)?)?)
+pub fn int8_linear_workspace_size(m: usize, n: usize, k: usize, device: i64) -> Result<usize> {
+    Ok(int8::linear_workspace_size(m, n, k, target(device, 1)?)?)
 }
 
 /// The plain int32 product of `a` (m x k) with the transpose of `b` (n x k).

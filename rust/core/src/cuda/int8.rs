@@ -274,7 +274,7 @@ impl Layout {
 }
 
 /// Bytes that [`linear`] needs, whichever way it takes: that depends on addresses, too.
-pub fn linear_workspace_size(m: usize, n: usize, k: usize, _outliers: bool, ordinal: usize) -> Result<usize> {
+pub fn linear_workspace_size(m: usize, n: usize, k: usize, ordinal: usize) -> Result<usize> {
     if m == 0 || n == 0 {
         return Ok(0);
     }
