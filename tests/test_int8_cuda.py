@@ -100,9 +100,10 @@ class Layer:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("outliers", [0, 5, 100])
-def test_layers(shape: tuple[int, int, int], dtype: torch.dtype, outliers: int, cuda: torch.device) -> None:
-    layer = Layer(*shape, dtype, min(outliers, shape[2]), cuda)
+@pytest.mark.parametrize("outliers", [0, 5, 100, "half", "all"])
+def test_layers(shape: tuple[int, int, int], dtype: torch.dtype, outliers: int | str, cuda: torch.device) -> None:
+    k = shape[2]
+    layer = Layer(*shape, dtype, min({"half": k // 2, "all": k}.get(outliers, outliers), k), cuda)
     for threshold in (0.0, 6.0):
         layer.check(layer.linear(threshold), threshold)
 
@@ -115,7 +116,7 @@ from arrays import DTYPES
 from test_int8_cuda import Layer, SHAPES
 for shape in SHAPES:
     for dtype in DTYPES:
-        for outliers in (0, 3, 70):
+        for outliers in (0, 3, 70, shape[2] // 2, shape[2]):
             layer = Layer(*shape, dtype, min(outliers, shape[2]), torch.device("cuda"))
             for threshold in (0.0, 6.0):
                 first = layer.linear(threshold)

@@ -16,7 +16,7 @@ pub fn header() -> crate::Result<String> {
         }
     }
     text.push_str(
-        "// The same of int8, d in int32, b 32 x N and a 64 x 32, both from shared memory.\ntemplate <int N>\nstruct WgmmaS8;\n",
+        "// The same of int8, d in int32, b 32 x N and a 64 x 32, that from shared memory, too, or from registers.\ntemplate <int N>\nstruct WgmmaS8;\n",
     );
     for columns in [64, 128, 256] {
         int8_product(&mut text, columns)?;
@@ -59,12 +59,17 @@ fn int8_product(text: &mut String, columns: usize) -> crate::Result<()> {
     let numbers = (0..sums).map(|i| format!("%{i}")).collect::<Vec<_>>().join(", ");
     let outputs = (0..sums).map(|i| format!("\"+r\"(d[{i}])")).collect::<Vec<_>>().join(", ");
     let (a, b) = (sums, sums + 1);
+    let [a1, a2, a3, after] = [1, 2, 3, 4].map(|i| sums + i);
     writeln!(
         text,
         "template <>\nstruct WgmmaS8<{columns}> {{\n    \
              static __device__ __forceinline__ void multiply(int (&d)[{sums}], unsigned long long a, unsigned long long b) {{\n        \
              asm volatile(\"wgmma.mma_async.sync.aligned.m64n{columns}k32.s32.s8.s8 {{{numbers}}}, %{a}, %{b}, 1;\"\n                     \
-                 : {outputs}\n                     : \"l\"(a), \"l\"(b));\n    }}\n}};"
+                 : {outputs}\n                     : \"l\"(a), \"l\"(b));\n    }}\n    \
+             static __device__ __forceinline__ void multiply(int (&d)[{sums}], const unsigned (&a)[4], unsigned long long b) {{\n        \
+             asm volatile(\"wgmma.mma_async.sync.aligned.m64n{columns}k32.s32.s8.s8 {{{numbers}}}, \"\n                     \
+                 \"{{%{a}, %{a1}, %{a2}, %{a3}}}, %{after}, 1;\"\n                     \
+                 : {outputs}\n                     : \"r\"(a[0]), \"r\"(a[1]), \"r\"(a[2]), \"r\"(a[3]), \"l\"(b));\n    }}\n}};"
     )?;
     Ok(())
 }

@@ -4,6 +4,9 @@
 // its own in shared memory that the copy engine fills. W is operand A of the tensor cores, tokens are operand B. The warps' integer
 // sums meet in shared memory. Blocks are persistent, one on a multiprocessor: with two, the next launch's would meet on those that end first.
 //
+// Outlier columns: where they are few, what the codes leave over of x is kept, W's codes are fetched once more, and both are multiplied at
+// the end of a tile. Where they are many, each stage's are gathered from it and from x: int8_gather.cuh.
+//
 // Tokens: OWN, a block quantizes all rows of x itself and keeps their codes in shared memory, while its first stages of W are on their
 // way; COPIED, the codes are given and come with W through the ring.
 //
@@ -11,13 +14,13 @@
 // (i % 2) * 4 + i / 2 of eight, so that the two rows that lanes read together differ in what the swizzle exchanges: no bank conflict.
 //
 // Shared memory, wavefronts for 16 rows of 64 columns: 8 to read W and 4 for eight tokens; the copy engine writes 8 (and 4).
-#include "int8.cuh"
 #include "int8_code.cuh"
+#include "int8_gather.cuh"
 #include "tensor_map.cuh"
 
 constexpr int WARPS = 8, THREADS = WARPS * WARP;
 constexpr int BOX = 128;     // columns, and bytes, of a box
-constexpr int LIST = 32;     // outlier columns whose left-overs are kept; there may be more
+constexpr int LIST = 32;     // outlier columns that are few
 constexpr int OWN_BYTES = 64 * 1024;
 
 struct Problem {
@@ -35,9 +38,13 @@ struct Skinny {
     static constexpr int ELEMENTS = (ROWS * TOKENS + THREADS - 1) / THREADS;  // results of a thread
     static constexpr int PITCH = ROWS + 8;  // of sums: the fragments' lanes meet all banks
 
+    static constexpr int WORDS = STAGE / 32;  // of the mask, of a stage
+    typedef ::Gather<E, NT, RT, WORDS> Gather;
+
     // What is kept of one tile until its end; two of them in turn.
     struct Tile {
         int sum[TOKENS * PITCH];
+        float gathered[TOKENS * PITCH];
         unsigned weight[LIST][ROWS];  // the four bytes around an outlier column of W
     };
     // What the block knows of the tokens and their outliers.
@@ -46,16 +53,14 @@ struct Skinny {
         float residual[LIST][TOKENS];
         int columns[LIST];
         int counts[2][WARPS];
-        int count;  // of outlier columns in the list
-        int more;   // whether there may be others
+        int count;  // of outlier columns in the list: of all, or 0 where they are many
+        bool many;
     };
     // From the bottom, after what the system takes: barriers, tiles, what is known, rings; own tokens, their mask.
     static constexpr int TILES = 512, KNOWN = TILES + 2 * sizeof(Tile), RING = (KNOWN + sizeof(Known) + 1023) / 1024 * 1024;
     static constexpr int OWN_AT = RING + WARPS * DEPTH * SLOT, BYTES = OWN_AT + (OWN ? OWN_BYTES + OWN_BYTES / 8 : 0);
 
     static __device__ __forceinline__ int padded(const Operands& o) { return ((int)o.k + STAGE - 1) / STAGE * STAGE; }
-
-    static __device__ __forceinline__ int order(int i) { return (i & 1) * 4 + (i >> 1); }
 
     // Where a warp is: a tile of rows and a stage of columns, and what follows.
     struct Place {
@@ -150,11 +155,11 @@ struct Skinny {
         return __fsub_rn(x, __fmul_rn((float)code, __fmul_rn(scale, INVERSE_127)));
     }
 
-    // The first outlier columns and what the codes leave over of them. A thread takes a word of the mask at a time.
+    // The outlier columns and what the codes leave over of them, unless they are many. A thread takes a word of the mask at a time.
     static __device__ __forceinline__ void list_outliers(const Operands& o, const unsigned* mask, const unsigned char* tokens, Known& known) {
         const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, words = mask ? ((int)o.k + 31) / 32 : 0;
         int total = 0, turn = 0;
-        for (int first = 0; first < words && total < LIST; first += THREADS, turn ^= 1) {
+        for (int first = 0; first < words && total <= LIST; first += THREADS, turn ^= 1) {
             const int word = first + threadIdx.x;
             unsigned bits = word < words ? mask[word] : 0;
             int before = __popc(bits);  // up to this thread, within its warp
@@ -174,7 +179,7 @@ struct Skinny {
             }
             for (; bits && before < LIST; bits &= bits - 1) known.columns[before++] = word * 32 + __ffs(bits) - 1;
         }
-        if (threadIdx.x == 0) known.count = min(total, LIST), known.more = total >= LIST ? 1 : 0;
+        if (threadIdx.x == 0) known.many = total > LIST, known.count = total > LIST ? 0 : total;
         __syncthreads();
         for (int i = threadIdx.x; i < known.count * TOKENS; i += THREADS) {
             const int token = i % TOKENS;
@@ -192,29 +197,24 @@ struct Skinny {
         commit_copies();
     }
 
-    // Outlier columns that are not in the list, one result at a time.
-    static __device__ float more_outliers(const Operands& o, const unsigned* mask, const unsigned char* tokens, const Known& known, int token,
-                                          int row, float col_scale, float value) {
-        for (int word = known.columns[LIST - 1] / 32; word < (o.k + 31) / 32; word++) {
-            for (unsigned bits = mask[word]; bits; bits &= bits - 1) {
-                const int column = word * 32 + __ffs(bits) - 1;
-                if (column > known.columns[LIST - 1])
-                    value = __fmaf_rn(own_residual(o, tokens, known, token, column), outlier_weight(o.weight[row * o.k + column], col_scale), value);
-            }
-        }
-        return value;
-    }
-
     // Halves have sums of their own where there are few: products that follow each other wait for each other.
     static constexpr int CHAINS = RT * NT == 1 ? 2 : 1;
 
-    static __device__ __forceinline__ void multiply(unsigned slot, unsigned own_tokens, int rows, int (&sum)[CHAINS][RT][NT][4]) {
-        const int lane = threadIdx.x % WARP, g = order(lane / 4), t = lane % 4;
+    // MASKED: without the columns whose bits are set in the lanes' words.
+    template <bool MASKED>
+    static __device__ __forceinline__ void multiply(unsigned slot, unsigned own_tokens, int rows, unsigned outliers,
+                                                    int (&sum)[CHAINS][RT][NT][4]) {
+        const int lane = threadIdx.x % WARP, g = interleaved(lane / 4), t = lane % 4;
 #pragma unroll
         for (int b = 0; b < BOXES; b++)
 #pragma unroll
             for (int h = 0; h < 2; h++) {
                 const int piece = h * 4 + t;
+                uint4 kept;
+                if (MASKED) {
+                    const unsigned others = ~__shfl_sync(FULL_WARP, outliers, b * 4 + piece / 2) >> piece % 2 * 16;
+                    kept = make_uint4(byte_mask(others), byte_mask(others >> 4), byte_mask(others >> 8), byte_mask(others >> 12));
+                }
                 uint4 tokens[NT];
 #pragma unroll
                 for (int j = 0; j < NT; j++) {
@@ -225,7 +225,11 @@ struct Skinny {
 #pragma unroll
                 for (int r = 0; r < RT; r++) {
                     const unsigned at = slot + b * ROWS * BOX + (r * 16 + g) * BOX + ((piece ^ g) << 4);
-                    const uint4 u = load_shared4(at), l = load_shared4(at + 8 * BOX);
+                    uint4 u = load_shared4(at), l = load_shared4(at + 8 * BOX);
+                    if (MASKED) {
+                        u.x &= kept.x, u.y &= kept.y, u.z &= kept.z, u.w &= kept.w;
+                        l.x &= kept.x, l.y &= kept.y, l.z &= kept.z, l.w &= kept.w;
+                    }
                     const unsigned first[4] = {u.x, l.x, u.y, l.y}, second[4] = {u.z, l.z, u.w, l.w};
 #pragma unroll
                     for (int j = 0; j < NT; j++)
@@ -244,21 +248,46 @@ struct Skinny {
     };
     static_assert(THREADS % ROWS == 0, "they are of one row");
 
+    // Where a tile keeps a thread's sum.
+    static __device__ __forceinline__ int place(int r, int j, int q) {
+        const int lane = threadIdx.x % WARP, g = interleaved(lane / 4), t = lane % 4;
+        return (j * 8 + interleaved(t * 2 + q % 2)) * PITCH + r * 16 + g + q / 2 * 8;
+    }
+
+    // Adds the warps' sums of gathered columns, one warp after another: so they have one order.
+    static __device__ __forceinline__ void add_gathered(Tile& tile, const Gather& gather) {
+        for (int turn = 0; turn < WARPS; turn++) {
+            if (turn == threadIdx.x / WARP) {
+#pragma unroll
+                for (int r = 0; r < RT; r++)
+#pragma unroll
+                    for (int j = 0; j < NT; j++)
+#pragma unroll
+                        for (int q = 0; q < 4; q++) {
+                            float& at = tile.gathered[place(r, j, q)];
+                            at = turn == 0 ? gather.sum[r][j][q] : at + gather.sum[r][j][q];
+                        }
+            }
+            __syncthreads();
+        }
+    }
+
     // Adds the warps' sums of a tile, finishes them and writes them out.
-    static __device__ __forceinline__ void finish(const Problem& p, Tile& tile, const unsigned char* tokens, const Known& known,
-                                                  const unsigned* mask, int row0, const RowParts& parts, const int (&sum)[CHAINS][RT][NT][4]) {
+    static __device__ __forceinline__ void finish(const Problem& p, Tile& tile, const Known& known, const Gather& gather, int row0,
+                                                  const RowParts& parts, const int (&sum)[CHAINS][RT][NT][4]) {
         const Operands& o = p.o;
-        const int lane = threadIdx.x % WARP, g = order(lane / 4), t = lane % 4;
 #pragma unroll
         for (int r = 0; r < RT; r++)
 #pragma unroll
             for (int j = 0; j < NT; j++)
 #pragma unroll
                 for (int q = 0; q < 4; q++)
-                    atomicAdd(&tile.sum[(j * 8 + order(t * 2 + q % 2)) * PITCH + r * 16 + g + q / 2 * 8],
-                              CHAINS == 1 ? sum[0][r][j][q] : sum[0][r][j][q] + sum[1][r][j][q]);
+                    atomicAdd(&tile.sum[place(r, j, q)], CHAINS == 1 ? sum[0][r][j][q] : sum[0][r][j][q] + sum[1][r][j][q]);
         wait_for_copies<0>();
-        __syncthreads();
+        if (known.many)
+            add_gathered(tile, gather);
+        else
+            __syncthreads();
 #pragma unroll
         for (int i = 0; i < ELEMENTS; i++) {
             const int e = i * THREADS + threadIdx.x, token = e / ROWS, row = row0 + e % ROWS;
@@ -272,7 +301,7 @@ struct Skinny {
                 const i8 code = (i8)(tile.weight[c][e % ROWS] >> known.columns[c] % 4 * 8);
                 value = __fmaf_rn(known.residual[c][token], outlier_weight(code, parts.col_scale), value);
             }
-            if (known.more) value = more_outliers(o, mask, tokens, known, token, row, parts.col_scale, value);
+            if (known.many) value = __fmaf_rn(tile.gathered[token * PITCH + e % ROWS], __fmul_rn(parts.col_scale, INVERSE_127), value);
             ((storage*)o.out)[(i64)token * o.n + row] = E::narrow(o.bias ? value + parts.bias : value);
         }
     }
@@ -339,22 +368,42 @@ struct Skinny {
         __syncthreads();
         list_outliers(o, mask, tokens, known);
 
+        const ColumnKinds kinds{mask, (int)o.k};
+        // The lanes' words of stage i of the warp; asked for a stage ahead.
+        auto words = [&](int i) { return known.many && lane < WORDS ? kinds.outliers((i % per * WARPS + warp) * WORDS + lane) : 0; };
+
         int slot = 0, phase = 0;
+        unsigned next_words = words(0);
         for (int tile = 0; tile < own; tile++) {
             const int row0 = (first + tile * gridDim.x) * ROWS;
             ask_outliers(o, known, kept_tiles[tile & 1], row0);
             const RowParts parts(o, row0 + threadIdx.x % ROWS);
             int sum[CHAINS][RT][NT][4] = {};
+            Gather gather;
             for (int i = 0; i < per; i++) {
                 const int stage = i * WARPS + warp;
-                wait_mbarrier(barriers + slot * 8, phase);
+                const unsigned at = ring + slot * SLOT;
                 // A stage past the last has no own tokens; what is read for it is multiplied by zeros.
-                multiply(ring + slot * SLOT, own_tokens + min(stage, stages - 1) * BOXES * rows * BOX, rows, sum);
+                const unsigned codes = own_tokens + min(stage, stages - 1) * BOXES * rows * BOX;
+                const unsigned outliers = next_words;
+                next_words = words(i + 1);
+                if (known.many && gather.start(outliers)) {
+                    gather.ask(o, stage * STAGE);
+                    wait_mbarrier(barriers + slot * 8, phase);
+                    multiply<true>(at, codes, rows, outliers, sum);
+                    gather.add(o, stage * STAGE, [&](int row, int column) {
+                        const int piece = column / 16 % 8;
+                        return load_shared_u8(at + (column / BOX * ROWS + row) * BOX + ((piece ^ (row & 7)) << 4) + column % 16);
+                    });
+                } else {
+                    wait_mbarrier(barriers + slot * 8, phase);
+                    multiply<false>(at, codes, rows, 0, sum);
+                }
                 __syncwarp();  // everybody has read the slot
                 if (lane == 0) ask_next(slot);
                 if (++slot == DEPTH) slot = 0, phase ^= 1;
             }
-            finish(p, kept_tiles[tile & 1], tokens, known, mask, row0, parts, sum);
+            finish(p, kept_tiles[tile & 1], known, gather, row0, parts, sum);
         }
     }
 };

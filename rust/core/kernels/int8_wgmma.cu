@@ -7,8 +7,11 @@
 // warpgroups multiply, and three warps gather meanwhile what the end of a tile needs: the scales of its tokens and the outlier columns,
 // CHUNK at a time. Clusters are persistent; consecutive tiles share rows and tokens in the L2 cache. How the clusters' pieces end
 // together: runs.cuh.
+//
+// Where outlier columns are many, a piece is gone through twice, as int8_outliers.cuh tells: slots of codes, then slots of x, 64 columns
+// each, for which W's box comes again. Slots that have no column of their pass are left out.
 #include "hopper.cuh"
-#include "int8.cuh"
+#include "int8_outliers.cuh"
 #include "runs.cuh"
 
 constexpr int ROWS = 128;  // of a block; a warpgroup has half
@@ -20,7 +23,9 @@ constexpr int GATHERERS = 96;
 struct Problem {
     TensorMap weight;  // n x k bytes; boxes of ROWS x 128, swizzled by 128 bytes
     TensorMap codes;   // m x k bytes; boxes of COLUMNS / 2 x 128, swizzled by 128 bytes
+    TensorMap x;       // m x k of 16 bits; boxes of COLUMNS / 2 x 64, swizzled by 128 bytes
     Operands o;
+    int two_passes;    // whether there is x's map: many outlier columns may be taken so
 };
 
 // FEW_REGISTERS: half of them, so that blocks that quantize the next rows find room beside this one.
@@ -44,9 +49,11 @@ struct Wide {
     struct Barriers {
         unsigned here, free, extras_here, extras_free;
         unsigned counts;  // of outlier columns of each Extras; less than CHUNK: there are no more
+        unsigned kind_here, two_passes;  // whether there are two passes, once it is known
 
         __device__ __forceinline__ explicit Barriers(unsigned base)
-            : here(base), free(base + 128), extras_here(base + 256), extras_free(base + 288), counts(base + 320) {}
+            : here(base), free(base + 128), extras_here(base + 256), extras_free(base + 288), counts(base + 320),
+              kind_here(base + 352), two_passes(base + 360) {}
     };
 
     struct Tile {
@@ -74,37 +81,78 @@ struct Wide {
         for (int slot = piece.first; slot < min(piece.last, piece.first + SLOTS); slot++) prefetch_box(&p.weight, slot * STEP, row);
     }
 
+    static constexpr bool MAY_TAKE_TWO = SixteenBits<E>::HAS;
+
+    // Whether there are two passes. It takes a while until that is known.
+    static __device__ __forceinline__ bool takes_two_passes(const Problem& p, const Barriers& barriers) {
+        if (!MAY_TAKE_TWO || !p.two_passes) return false;
+        wait_mbarrier(barriers.kind_here, 0);
+        return load_shared(barriers.two_passes) != 0;
+    }
+
+    // Whether the codes of a slot are gone through, of which `taken` were before: the first ones are, whatever they are, because they are
+    // asked for while the kinds of columns are not known.
+    static __device__ __forceinline__ bool takes_codes(const ColumnKinds& kinds, int slot, int taken) {
+        return taken < SLOTS || kinds.has_others(slot);
+    }
+
     static __device__ __forceinline__ void produce(const Problem& p, const Split& split, unsigned base, const Barriers& barriers,
                                                    unsigned rank) {
         Cursor<SLOTS> c;
         Schedule pieces = schedule(p.o, split);
         Piece piece;
+        const ColumnKinds kinds{p.o.mask, (int)p.o.k};
+        int taken = 0;
+        bool known = false, two = false;
+        auto is_known = [&]() {
+            if (!known) two = takes_two_passes(p, barriers), known = true;
+            return two;
+        };
         while (pieces.next(piece)) {
             const Tile at = tile(p.o, piece.tile);
             const int row = at.row + rank * ROWS, half = rank * (COLUMNS / 2);
-            for (int slot = piece.first; slot < piece.last; slot++) {
+            auto ask = [&](int slot, const TensorMap& tokens, int column) {
                 wait_mbarrier(barriers.free + c.slot * 8, c.round ^ 1);
                 const unsigned here = barriers.here + c.slot * 8, to = base + RING + c.slot * SLOT;
                 expect_bytes(here, SLOT);
                 copy_box(to, &p.weight, slot * STEP, row, here);
-                copy_box_to_cluster(to + WEIGHT + half * STEP, &p.codes, slot * STEP, at.token + half, here, (1 << CLUSTER) - 1);
+                copy_box_to_cluster(to + WEIGHT + half * STEP, &tokens, column, at.token + half, here, (1 << CLUSTER) - 1);
                 c.next();
+            };
+            for (int slot = piece.first; slot < piece.last; slot++) {
+                if (MAY_TAKE_TWO && taken >= SLOTS && is_known() && !takes_codes(kinds, slot, taken)) continue;
+                ask(slot, p.codes, slot * STEP);
+                taken++;
+            }
+            if constexpr (MAY_TAKE_TWO) {
+                for (int half_slot = 2 * piece.first; is_known() && half_slot < 2 * piece.last; half_slot++)
+                    if (kinds.has_outliers(half_slot)) ask(half_slot / 2, p.x, half_slot * (STEP / 2));
             }
         }
     }
 
     // Three warps. Each goes through the outlier columns by itself.
-    static __device__ __forceinline__ void gather(const Operands& o, const Split& split, Extras* extras, const Barriers& barriers,
+    static __device__ __forceinline__ void gather(const Problem& p, const Split& split, Extras* extras, const Barriers& barriers,
                                                   unsigned rank) {
+        const Operands& o = p.o;
         const int thread = threadIdx.x - (THREADS - GATHERERS);
+        bool two = false;
+        if (MAY_TAKE_TWO && p.two_passes) {
+            two = ColumnKinds{o.mask, (int)o.k}.are_many();
+            if (thread == 0) {
+                store_shared(barriers.two_passes, __int_as_float(two));
+                arrive(barriers.kind_here);
+            }
+        }
         Cursor<2> e;
         Schedule pieces = schedule(o, split);
         Piece piece;
         while (pieces.next(piece)) {
-            if (piece.last < pieces.slots) continue;
+            // Of two passes the first ends with scales in every piece.
+            if (!two && piece.last < pieces.slots) continue;
             const Tile at = tile(o, piece.tile);
             const int row0 = at.row + rank * ROWS;
-            OutlierWalk walk(o.mask, o.k);
+            OutlierWalk walk(two ? nullptr : o.mask, o.k);
             int count;
             bool first = true;
             do {
@@ -160,6 +208,94 @@ struct Wide {
         }
     }
 
+    // A piece in two passes: value = what it adds to the sums of a tile, without W's scales.
+    template <class Release>
+    static __device__ __forceinline__ void multiply_twice(const Problem& p, const Piece& piece, unsigned base, const Extras* extras,
+                                                          const Barriers& barriers, Cursor<SLOTS>& c, Cursor<2>& e, int& taken,
+                                                          const Release& release, float (&value)[SUMS]) {
+        const int lane = threadIdx.x % WARP, own = threadIdx.x / WARP * 16 + lane / 4, pair = lane % 4 * 2;
+        const ColumnKinds kinds{p.o.mask, (int)p.o.k};
+        int sum[SUMS];
+#pragma unroll
+        for (int i = 0; i < SUMS; i++) sum[i] = 0;
+        for (int slot = piece.first; slot < piece.last; slot++) {
+            if (!takes_codes(kinds, slot, taken)) continue;
+            taken++;
+            const unsigned others[4] = {kinds.others(slot * 4), kinds.others(slot * 4 + 1), kinds.others(slot * 4 + 2), kinds.others(slot * 4 + 3)};
+            wait_mbarrier(barriers.here + c.slot * 8, c.round);
+            const unsigned at_slot = base + RING + c.slot * SLOT;
+            unsigned a[4][4];
+            other_fragments(at_slot + own * STEP, own, others, a);
+            const unsigned long long b = swizzled_descriptor(at_slot + WEIGHT);
+            fence_products();
+#pragma unroll
+            for (int s = 0; s < 4; s++) WgmmaS8<COLUMNS>::multiply(sum, a[s], b + s * 2);
+            commit_products();
+            wait_for_products<0>();
+            release(c.slot);
+            c.next();
+        }
+        wait_mbarrier(barriers.extras_here + e.slot * 8, e.round);
+#pragma unroll
+        for (int j = 0; j < SUMS / 4; j++) {
+            float2 row = *reinterpret_cast<const float2*>(&extras[e.slot].row_scale[j * 8 + pair]);
+            row.x = __fmul_rn(row.x, INVERSE_127), row.y = __fmul_rn(row.y, INVERSE_127);
+            value[4 * j] = __fmul_rn((float)sum[4 * j], row.x), value[4 * j + 1] = __fmul_rn((float)sum[4 * j + 1], row.y);
+            value[4 * j + 2] = __fmul_rn((float)sum[4 * j + 2], row.x), value[4 * j + 3] = __fmul_rn((float)sum[4 * j + 3], row.y);
+        }
+        __syncwarp();  // this warp has read them
+        if (lane == 0) arrive(barriers.extras_free + e.slot * 8);
+        e.next();
+        auto next_half_slot = [&](int from) {
+            while (from < 2 * piece.last && !kinds.has_outliers(from)) from++;
+            return from;
+        };
+        auto prepare = [&](int half_slot, const Cursor<SLOTS>& at, unsigned (&a)[4][4]) {
+            const unsigned outliers[2] = {kinds.outliers(half_slot * 2), kinds.outliers(half_slot * 2 + 1)};
+            wait_mbarrier(barriers.here + at.slot * 8, at.round);
+            outlier_fragments<E>(base + RING + at.slot * SLOT + own * STEP, own, half_slot % 2, outliers, a);
+        };
+        auto multiply = [&](const unsigned (&a)[4][4]) {
+            const unsigned long long b = swizzled_descriptor(base + RING + c.slot * SLOT + WEIGHT);
+            fence_products();
+#pragma unroll
+            for (int s = 0; s < 4; s++) Wgmma<typename SixteenBits<E>::Product, COLUMNS>::multiply(value, a[s], b + s * 2);
+            commit_products();
+        };
+        auto finish = [&]() {
+            wait_for_products<0>();
+            release(c.slot);
+            c.next();
+        };
+        int half_slot = next_half_slot(2 * piece.first);
+        if constexpr (FEW_REGISTERS) {
+            for (; half_slot < 2 * piece.last; half_slot = next_half_slot(half_slot + 1)) {
+                unsigned a[4][4];
+                prepare(half_slot, c, a);
+                multiply(a);
+                finish();
+            }
+        } else {
+            // The next half slot's fragments are made while this one is multiplied.
+            Cursor<SLOTS> ahead = c;
+            unsigned even[4][4], odd[4][4];
+            auto prepare_next = [&](unsigned (&a)[4][4]) {
+                if (half_slot < 2 * piece.last) prepare(half_slot, ahead, a), ahead.next();
+            };
+            auto step = [&](const unsigned (&now)[4][4], unsigned (&next)[4][4]) {
+                multiply(now);
+                half_slot = next_half_slot(half_slot + 1);
+                prepare_next(next);
+                finish();
+            };
+            prepare_next(even);
+            while (half_slot < 2 * piece.last) {
+                step(even, odd);
+                if (half_slot < 2 * piece.last) step(odd, even);
+            }
+        }
+    }
+
     static __device__ __forceinline__ void consume(const Problem& p, const Split& split, unsigned base, const Extras* extras,
                                                    const Barriers& barriers, unsigned rank) {
         const Operands& o = p.o;
@@ -172,12 +308,30 @@ struct Wide {
         Cursor<2> e;
         Schedule pieces = schedule(o, split);
         Piece piece;
+        const bool two = takes_two_passes(p, barriers);
+        int taken = 0;
         while (pieces.next(piece)) {
             const Tile at = tile(o, piece.tile);
             const int row0 = at.row + rank * ROWS;
             // Asked for now, used after the products.
             const float upper = row0 + own < o.n ? o.col_scale[row0 + own] : 0.0f;
             const float lower = row0 + own + 8 < o.n ? o.col_scale[row0 + own + 8] : 0.0f;
+            const unsigned staging = base + RESULTS + (group * 4 + warp) * WRITE_STAGING;
+            if constexpr (MAY_TAKE_TWO) {
+                if (two) {
+                    float value[SUMS];
+                    multiply_twice(p, piece, base, extras, barriers, c, e, taken, release, value);
+                    if (piece.last < pieces.slots) {
+                        leave_part<CONSUMERS>(split, pieces.cluster, rank, value);
+                        continue;
+                    }
+                    add_parts<CONSUMERS>(split, pieces, piece, rank, value);
+#pragma unroll
+                    for (int i = 0; i < SUMS; i++) value[i] = __fmul_rn(value[i], __fmul_rn(i % 4 < 2 ? upper : lower, INVERSE_127));
+                    write(o, staging, at.token, row0 + group * 64 + warp * 16, value);
+                    continue;
+                }
+            }
             int sum[SUMS];
 #pragma unroll
             for (int i = 0; i < SUMS; i++) sum[i] = 0;
@@ -231,7 +385,7 @@ struct Wide {
                 if (count < CHUNK) break;
                 wait_mbarrier(barriers.extras_here + e.slot * 8, e.round);
             }
-            write(o, base + RESULTS + (group * 4 + warp) * WRITE_STAGING, at.token, row0 + group * 64 + warp * 16, value);
+            write(o, staging, at.token, row0 + group * 64 + warp * 16, value);
         }
     }
 
@@ -249,8 +403,10 @@ struct Wide {
                 init_mbarrier(barriers.extras_here + i * 8, GATHERERS / WARP);
                 init_mbarrier(barriers.extras_free + i * 8, CONSUMERS / WARP);
             }
+            init_mbarrier(barriers.kind_here, 1);
             publish_mbarriers();
             prefetch_map(&p.weight), prefetch_map(&p.codes);
+            if (MAY_TAKE_TWO && p.two_passes) prefetch_map(&p.x);
             prefetch_weight(p, split, rank);
         }
         let_next_kernel_start();
@@ -260,7 +416,7 @@ struct Wide {
         if (threadIdx.x >= CONSUMERS) {
             release_registers<FEW_REGISTERS ? 64 : 72>();
             if (threadIdx.x >= THREADS - GATHERERS)
-                gather(p.o, split, extras, barriers, rank);
+                gather(p, split, extras, barriers, rank);
             else if (threadIdx.x == CONSUMERS)
                 produce(p, split, base, barriers, rank);
         } else {

@@ -43,10 +43,30 @@ __device__ __forceinline__ unsigned permute_bytes(unsigned a, unsigned b, unsign
     return r;
 }
 
+// a & b & C in one instruction: a compiler that sees a & b twice keeps it instead.
+template <unsigned C>
+__device__ __forceinline__ unsigned and3(unsigned a, unsigned b) {
+    unsigned r;
+    asm("lop3.b32 %0, %1, %2, %3, 0x80;" : "=r"(r) : "r"(a), "r"(b), "n"(C));
+    return r;
+}
+
 // (high, low) rounded to a packed pair of bfloat16, ties to even.
 __device__ __forceinline__ unsigned pack_bf16x2(float low, float high) {
     unsigned r;
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+    return r;
+}
+
+// a - b of packed pairs. bfloat16 needs compute capability 9.0.
+__device__ __forceinline__ unsigned subtract_bf16x2(unsigned a, unsigned b) {
+    unsigned r;
+    asm("sub.rn.bf16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+    return r;
+}
+__device__ __forceinline__ unsigned subtract_f16x2(unsigned a, unsigned b) {
+    unsigned r;
+    asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
     return r;
 }
 
@@ -164,6 +184,12 @@ __device__ __forceinline__ unsigned load_shared(unsigned address) {
 __device__ __forceinline__ uint2 load_shared2(unsigned address) {
     uint2 v;
     asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(address));
+    return v;
+}
+
+__device__ __forceinline__ unsigned load_shared_u16(unsigned address) {
+    unsigned short v;
+    asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(address));
     return v;
 }
 

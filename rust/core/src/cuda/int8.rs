@@ -48,7 +48,9 @@ struct Operands {
 struct WideProblem {
     weight: TensorMap,
     codes: TensorMap,
+    x: TensorMap,
     operands: Operands,
+    two_passes: i32,
 }
 
 /// kernels/int8_skinny.cu
@@ -193,10 +195,22 @@ impl Call {
                 }
                 Int8Product::Wide64 | Int8Product::Wide128 | Int8Product::Wide256 => {
                     let columns = self.product.columns().unwrap_or(256);
+                    let codes = matrix(operands.codes, m, k, columns as u32 / 2).map()?;
+                    let x = Matrix {
+                        address: operands.x,
+                        element: Element::U16,
+                        shape: (m, k),
+                        box_shape: (columns as u32 / 2, 64),
+                        swizzled: true,
+                    };
+                    let two_passes =
+                        operands.mask != 0 && self.dtype.is_some_and(|dtype| dtype.size() == 2) && x.is_copyable();
                     let problem = WideProblem {
                         weight: weight_matrix(weight, 128).map()?,
-                        codes: matrix(operands.codes, m, k, columns as u32 / 2).map()?,
+                        codes,
+                        x: if two_passes { x.map()? } else { codes },
                         operands,
+                        two_passes: i32::from(two_passes),
                     };
                     let runs = self.product.runs(m, n, k, self.multiprocessors, self.workspace != 0);
                     let split = runs.split(self.workspace);
