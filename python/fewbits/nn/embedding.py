@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
 from fewbits import _checks, _launch, _panel, _weight_ops
 from fewbits._states import check_state, weight_parts, weight_tensors
+from fewbits.compat import _differences
 from fewbits.nn.module import Module4bit
 from fewbits.nn.params import Params4bit
 
@@ -58,6 +61,10 @@ class Embedding4bit(Module4bit, nn.Embedding):
     def _weight_shape(self) -> torch.Size:
         return torch.Size((self.num_embeddings, self.embedding_dim))
 
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        _differences.refuse_saving(self)
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002  (nn.Embedding's name)
         """Return the rows that indices name.
 
@@ -85,6 +92,8 @@ class Embedding4bit(Module4bit, nn.Embedding):
         _checks.check_tensor("input", input)
         tracing = torch.compiler.is_compiling()
         state = check_state(self._find_state(tracing))
+        if not tracing:
+            _differences.warn_of_shared_blocks(self.embedding_dim, state.blocksize)
         parts = weight_parts(self.weight if tracing else self.weight.data, state)
         # A dtype that no kernel writes is rounded from float32.
         dtype = self.dtype if self.dtype in _checks.DTYPES else torch.float32
