@@ -302,6 +302,8 @@ def as_packed(name: str, data: torch.Tensor, state: QuantState) -> torch.Tensor:
         raise TypeError(f"{name}: expected a tensor, got {type(data).__name__}")
     assert state.shape is not None
     n = prod(state.shape)
+    if data.is_complex() or data.dtype == torch.bool or (data.is_floating_point() and data.itemsize == 1):
+        raise ValueError(f"{name}: expected packed bytes as integers or floats of 16 bits or more, got {data.dtype}")
     count = _checks.storage_count(n, data.dtype)
     if data.numel() != count:
         _checks.check_count(name, data, count, f"the codes of shape {tuple(state.shape)}, two a byte, in {data.dtype}")
