@@ -85,6 +85,19 @@ def _is_packed(weight: Any) -> bool:
     return getattr(weight, "quant_state", None) is not None
 
 
+def norm_of_update(state: Mapping[str, Any]) -> torch.Tensor | None:
+    """Return the norm of a momentum buffer, which programs read as ``state["unorm_vec"]``. It is not kept anywhere."""
+    buffer = state.get("state1")
+    if stands_in_as is None or "state2" in state or not isinstance(buffer, torch.Tensor):
+        return None
+    if buffer.dtype == torch.uint8:
+        from fewbits.functional import dequantize_blockwise
+
+        buffer = dequantize_blockwise(buffer, absmax=state["absmax1"], code=state["qmap1"], blocksize=256)
+    norm: torch.Tensor = torch.linalg.vector_norm(buffer)
+    return norm.reshape(1)
+
+
 def refuse_trust_of_8_bits(max_unorm: float) -> None:
     """Raise where LAMB with 8-bit states is to have a trust factor of its own.
 
