@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 
 from fewbits import codebook
-from fewbits._checks import BLOCKSIZES, DTYPES, block_count
+from fewbits._checks import BLOCKSIZES, DTYPES, LARGE_BLOCKSIZES, block_count
 from fewbits._safetensors import MAX_BLOB_BYTES
 from fewbits.utils import pack_dict_to_tensor, unpack_tensor_to_dict
 
@@ -60,6 +60,8 @@ class QuantState:
         *("absmax", "quant_map", "nested_absmax", "nested_quant_map", "quant_state", "quant_type"),
         *("blocksize", "dtype", "shape", "nested_blocksize", "nested_dtype", "nested_offset"),
     ]
+
+    packing_format_for_cpu = False  # whether the codes are in the layout of `_cpu_layout`
 
     def __init__(
         self,
@@ -203,7 +205,7 @@ class QuantState:
         if quant_type is not None and quant_type not in cls.valid_quant_types:
             raise ValueError(f"quant_type: expected one of {cls.valid_quant_types}, got {_short(quant_type)}")
         shape = _parse_shape(items.get("shape"), required=quant_type is not None)
-        blocksize = _parse_blocksize("blocksize", items)
+        blocksize = _parse_blocksize("blocksize", items, large=quant_type is None)
         nested_keys = ("nested_absmax", "nested_blocksize", "nested_quant_map", "nested_dtype", "nested_offset")
         present = [key for key in nested_keys if key in items]
         nested = bool(present)
@@ -340,10 +342,10 @@ def _parse_shape(shape: Any, required: bool) -> torch.Size | None:
     return torch.Size(shape)
 
 
-def _parse_blocksize(key: str, items: dict[str, Any]) -> int:
-    blocksize = items[key]
-    if type(blocksize) is not int or blocksize not in BLOCKSIZES:
-        raise ValueError(f"{key}: expected a power of two from 32 to 4096, got {_short(blocksize)}")
+def _parse_blocksize(key: str, items: dict[str, Any], large: bool = False) -> int:
+    blocksize, sizes = items[key], BLOCKSIZES + LARGE_BLOCKSIZES if large else BLOCKSIZES
+    if type(blocksize) is not int or blocksize not in sizes:
+        raise ValueError(f"{key}: expected a power of two from 32 to {sizes[-1]}, got {_short(blocksize)}")
     return blocksize
 
 

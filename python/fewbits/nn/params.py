@@ -12,6 +12,7 @@ import torch
 
 from fewbits import _checks, _launch
 from fewbits._prepared import Prepared
+from fewbits._states import ordinary
 from fewbits.functional import quantize_4bit
 from fewbits.nn.parameter import QuantizedParameter, attributes, blank, no_scales
 from fewbits.quant_state import QuantState
@@ -235,6 +236,13 @@ class Params4bit(QuantizedParameter):
         return torch.float32 if state is None or state.dtype is None else state.dtype
 
     # ---- copying ---------------------------------------------------------------------------------------------------
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        found = state.get("quant_state")
+        if isinstance(found, QuantState):
+            data, found = ordinary(state["data"], found)
+            state = {**state, "data": data, "quant_state": found}
+        super().__setstate__(state)
 
     def __getstate__(self) -> dict[str, Any]:
         # Without the module: whoever pickles or copies a lone parameter does not want the model with it.
