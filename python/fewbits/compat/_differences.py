@@ -31,9 +31,9 @@ def warn_of_layer(message: str) -> None:
     warn_once(message)
 
 
-def warn_of_shared_blocks(embedding_dim: int, blocksize: int | None) -> None:
+def warn_of_shared_blocks(embedding_dim: int, blocksize: int) -> None:
     """Warn of rows that are not whole blocks, where bitsandbytes does; that it is slow is not so here."""
-    if stands_in_as is not None and blocksize and embedding_dim % blocksize:
+    if stands_in_as is not None and embedding_dim % blocksize:
         warn_of_layer(
             f"Embedding4bit: rows of {embedding_dim} are no whole blocks of {blocksize}: at inference, values at the "
             "ends of a row have the scale of a block that they share with the next row"

@@ -57,6 +57,7 @@ class Embedding4bit(Module4bit, nn.Embedding):
         super().__init__(num_embeddings, embedding_dim, device=device, dtype=dtype)
         self.dtype = self.weight.dtype
         self._hold(False, quant_type, quant_storage)
+        _differences.warn_of_shared_blocks(embedding_dim, self.weight.blocksize)
 
     def _weight_shape(self) -> torch.Size:
         return torch.Size((self.num_embeddings, self.embedding_dim))
@@ -92,8 +93,6 @@ class Embedding4bit(Module4bit, nn.Embedding):
         _checks.check_tensor("input", input)
         tracing = torch.compiler.is_compiling()
         state = check_state(self._find_state(tracing))
-        if not tracing:
-            _differences.warn_of_shared_blocks(self.embedding_dim, state.blocksize)
         parts = weight_parts(self.weight if tracing else self.weight.data, state)
         # A dtype that no kernel writes is rounded from float32.
         dtype = self.dtype if self.dtype in _checks.DTYPES else torch.float32
