@@ -87,6 +87,20 @@ def test_8bit_with_any_code(data: st.DataObject, blocksize: int, code: np.ndarra
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+@pytest.mark.parametrize("blocksize", [8192, 16384, 32768, 65536])
+def test_large_blocks(dtype: torch.dtype, blocksize: int, device: torch.device) -> None:
+    """Of 8-bit codes alone; computed without a kernel, in several pieces of whole blocks."""
+    count = max(len(RECIPES), (1 << 21) // blocksize + 1) * blocksize + 77
+    x = fill(list(RECIPES), count, blocksize, dtype, seed=1)
+    check_8bit(x, blocksize, None, device)
+    _, state = F.quantize_blockwise(x.to(device), blocksize=blocksize)
+    assert QuantState.from_dict(state.as_dict(), device) == state
+    for refused in (F.quantize_4bit, lambda x, blocksize: F.quantize_blockwise(x, blocksize=blocksize, nested=True)):
+        with pytest.raises(ValueError, match="blocksize: expected a power of two from 32 to 4096"):
+            refused(x.to(device), blocksize=blocksize)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 @pytest.mark.parametrize("blocksize", BLOCKSIZES)
 def test_every_dtype_and_blocksize(dtype: torch.dtype, blocksize: int, device: torch.device) -> None:
     """Every recipe at once, with a tail: the grid that hypothesis only samples."""

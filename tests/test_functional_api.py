@@ -371,7 +371,7 @@ WRONG: list[tuple[str, type[Exception], str, Callable[[dict[str, Any]], object]]
     ("A sparse", ValueError, "A.*sparse", lambda g: E4(torch.ones(4).to_sparse())),
     ("blocksize 48", ValueError, "blocksize.*48", lambda g: E4(g["x"], blocksize=48)),
     ("blocksize 16", ValueError, "blocksize.*16", lambda g: E4(g["x"], blocksize=16)),
-    ("blocksize 8192", ValueError, "blocksize.*8192", lambda g: E8(g["x"], blocksize=8192)),
+    ("blocksize 131072", ValueError, "blocksize.*131072", lambda g: E8(g["x"], blocksize=131072)),
     ("blocksize 0", ValueError, "blocksize.*0", lambda g: E8(g["x"], blocksize=0)),
     ("blocksize -64", ValueError, "blocksize.*-64", lambda g: E4(g["x"], blocksize=-64)),
     ("blocksize 64.0", ValueError, "blocksize.*64.0", lambda g: E4(g["x"], blocksize=64.0)),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import doctest
 import importlib
+import pickle
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -12,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from fewbits import _cpu_layout, _deprecated, _pointers, nn, utils
+import fewbits
+from fewbits import _cpu_layout, _deprecated, _native, _pointers, nn, utils
 from fewbits import functional as F
 from fewbits._autograd_functions import GlobalOutlierPooler, MatMul4Bit, MatMul8bitFp, MatMul8bitLt
 from fewbits._cuda_specs import CUDASpecs, get_cuda_specs, get_cuda_version_string
@@ -160,7 +162,37 @@ def test_cpu_layout_bad_input() -> None:
     packed, state = F.quantize_4bit(torch.randn(32, 32))
     with pytest.raises(ValueError, match="whole blocks"):
         _cpu_layout._convert_weight_packed_for_cpu(packed, state)
-    assert _cpu_layout.has_avx512bf16() is False
+    assert _cpu_layout.has_avx512bf16() is ("avx512bf16" in _native.cpu_info()["features"])
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_products_with_the_cpu_layout(quant_type: str, nested: bool) -> None:
+    """Whoever computes with a repacked weight gets the numbers of its rounded maxima, and the state stays as it was."""
+    torch.manual_seed(0)
+    layer = nn.Linear4bit(128, 64, quant_type=quant_type, compress_statistics=nested).to("cpu")
+    x = torch.randn(3, 128)
+    expected = layer(x)
+    state = copy.deepcopy(layer.weight.quant_state)
+    there, state = _cpu_layout._convert_weight_packed_for_cpu(layer.weight.data, state)
+    values = F.dequantize_4bit(there, state)
+    bias = layer.bias.detach()
+    for got in (
+        fewbits.matmul_4bit(x, there, state, bias=bias),
+        F.gemv_4bit(x, there.t(), state=state) + bias,
+        x @ values.float().t() + bias,
+    ):
+        torch.testing.assert_close(got, expected, rtol=0.02, atol=0.02)
+    assert state.packing_format_for_cpu
+    assert state.absmax.shape == (2, 64)
+    # A pickle of such a parameter is read in the ordinary layout.
+    layer.weight.data, layer.weight.quant_state = there, state
+    read = pickle.loads(pickle.dumps(layer))
+    assert not read.weight.quant_state.packing_format_for_cpu
+    torch.testing.assert_close(read(x), expected, rtol=0.02, atol=0.02)
+    again = nn.Linear4bit(128, 64, quant_type=quant_type).to("cpu")
+    again.load_state_dict(read.state_dict())
+    assert torch.equal(again(x), read(x))
 
 
 # ---- autograd functions, weights that lost their state ---------------------------------------------------------------

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
+from fewbits.compat import _differences
 from fewbits.nn import Linear4bit, LinearFP4, LinearNF4, Params4bit
-from fewbits.nn import linear as linear_module
 from linear4bit_layers import STORAGES, K, N, assert_same_layer, dense, make, randn, raw
 
 
@@ -169,9 +169,9 @@ def test_compute_dtype_is_set_once(dtype: torch.dtype, expected: torch.dtype | N
 
 @pytest.fixture
 def fresh_warnings() -> Iterator[None]:
-    linear_module._warned.clear()
+    _differences._warned.clear()
     yield
-    linear_module._warned.clear()
+    _differences._warned.clear()
 
 
 @pytest.mark.usefixtures("fresh_warnings")

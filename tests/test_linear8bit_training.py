@@ -32,6 +32,29 @@ def test_gradients_of_a_frozen_weight(dtype: torch.dtype, threshold: float, devi
         assert torch.equal(layer(x.detach()), y)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_without_integer_products(compiled: bool, device: torch.device) -> None:
+    """``state.force_no_igemmlt``: nothing of the activations is rounded, before and after a first product."""
+    layer = make(device)
+    x = activations(2, 3, K).to(device).requires_grad_()
+    quantized = layer(x).detach()
+    layer.state.force_no_igemmlt = True
+    run = torch.compile(layer, backend="aot_eager", fullgraph=True) if compiled else layer
+    y = run(x)
+    truth = x.detach().double() @ dense(layer).double().t() + layer.bias.detach().double()
+    assert distance(y, truth) < 1e-6 < distance(quantized, truth)
+    g = randn(2, 3, N, seed=8).to(device)
+    (grad,) = torch.autograd.grad(y, x, g)
+    assert distance(grad, g.double() @ dense(layer).double()) < 1e-6
+    out = torch.empty_like(quantized)
+    with torch.no_grad():
+        got = fewbits.matmul(x, layer.weight.data, out=out, state=layer.state, bias=layer.bias)
+    assert got is out
+    assert torch.equal(out, y)
+    layer.state.force_no_igemmlt = False
+    assert torch.equal(layer(x), quantized)
+
+
 def test_grad_by_panels(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
     monkeypatch.setattr("fewbits._panel.PANEL_BYTES", {"cuda": 1 << 13, "cpu": 1 << 13})
     layer = make(device, n=150, k=200)

@@ -10,6 +10,8 @@ import torch
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 QUANT_TYPES = {"nf4": 0, "fp4": 1}
 BLOCKSIZES = tuple(2**k for k in range(5, 13))
+# Larger blocks, of 8-bit codes alone: no kernel has them, so that plain torch operations serve every device.
+LARGE_BLOCKSIZES = tuple(2**k for k in range(13, 17))
 NESTED_BLOCKSIZE = 256
 
 
@@ -44,6 +46,11 @@ def check_dtype(name: str, dtype: torch.dtype | None) -> None:
 def check_blocksize(blocksize: int, name: str = "blocksize") -> None:
     if blocksize not in BLOCKSIZES or isinstance(blocksize, float):
         raise ValueError(f"{name}: expected a power of two from 32 to 4096, got {blocksize!r}")
+
+
+def check_blocksize_8bit(blocksize: int) -> None:
+    if blocksize not in BLOCKSIZES + LARGE_BLOCKSIZES or isinstance(blocksize, float):
+        raise ValueError(f"blocksize: expected a power of two from 32 to 65536, got {blocksize!r}")
 
 
 def check_quant_type(quant_type: str) -> None:
@@ -93,7 +100,8 @@ def check_quantize(
 
 
 def check_quantize_blockwise(A: torch.Tensor, code: torch.Tensor | None, blocksize: int) -> None:
-    check_quantize(A, blocksize)
+    check_floating("A", A)
+    check_blocksize_8bit(blocksize)
     if code is not None:
         check_code("code", code)
         check_same_device("A", A, "code", code)
@@ -246,7 +254,7 @@ def check_dequantize_blockwise(
     check_tensor("absmax", absmax)
     check_same_device("A", A, "absmax", absmax)
     check_absmax("absmax", absmax)
-    check_blocksize(blocksize)
+    check_blocksize_8bit(blocksize)
     check_dtype("dtype", dtype)
     n = A.numel()
     check_count("absmax", absmax, block_count(n, blocksize), f"{n} elements in blocks of {blocksize}")

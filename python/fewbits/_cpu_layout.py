@@ -1,13 +1,16 @@
 """The layout in which bitsandbytes holds 4-bit weights for AVX512-BF16, to and from the ordinary one.
 
-Nothing here computes in it, since products read the ordinary layout at full speed. Weights that were converted
-elsewhere can be brought back.
+Nothing computes in it, since products read the ordinary layout at full speed. A weight that comes in it, with a state
+that says so, is brought back for each product; one in a pickle is brought back as it is read.
 """
 
 from __future__ import annotations
 
+import copy
+
 import torch
 
+from fewbits import _native
 from fewbits.functional import dequantize_blockwise, quantize_blockwise
 from fewbits.quant_state import QuantState
 
@@ -15,8 +18,8 @@ _HALF = 32  # codes of a group in the low nibbles, and as many in the high ones
 
 
 def has_avx512bf16() -> bool:
-    """Return whether weights are to be repacked for AVX512-BF16: never, whatever the CPU has."""
-    return False
+    """Return whether the CPU has AVX512-BF16. No weight needs to be repacked for it."""
+    return "avx512bf16" in _native.cpu_info()["features"]
 
 
 def _convert_weight_packed_for_cpu(
@@ -80,3 +83,14 @@ def _convert_weight_packed_for_cpu_inverse(
     extra["packing_format_for_cpu"] = False
     storage = extra.get("original_storage_type")
     return weight if storage is None else weight.view(storage), state
+
+
+def ordinary(packed_weight: torch.Tensor, quant_state: QuantState) -> tuple[torch.Tensor, QuantState]:
+    """Return a repacked weight, transposed or not, in the ordinary layout, with a state of its own."""
+    state = copy.copy(quant_state)
+    state.__dict__["original_nested"] = False  # the maxima have been rounded once: not a second time
+    assert state.shape is not None
+    rows, columns = state.shape
+    is_row = packed_weight.shape != (rows, columns // 2) or (2 * rows == columns and not packed_weight.is_contiguous())
+    packed = packed_weight.t() if is_row else packed_weight
+    return _convert_weight_packed_for_cpu_inverse(packed, state)

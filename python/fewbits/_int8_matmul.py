@@ -9,7 +9,7 @@ import torch
 
 from fewbits import _checks, _int8, _int8_ops, _int8_prepared, _launch
 from fewbits import _checks_int8 as checks
-from fewbits._int8_product import Weight, linear
+from fewbits._int8_product import Weight, dense, linear
 
 __all__ = ["MatmulLtState", "matmul"]
 
@@ -30,6 +30,9 @@ class MatmulLtState:
         Whether the weight is a floating-point one, quantized for each product, that may be trained.
     is_training : bool
         Whether such a weight is quantized anew for every product, not just where it was written to.
+    force_no_igemmlt : bool
+        Whether products with int8 codes take the activations as they are: ``A @ W.T``, `W` dequantized panel by panel.
+        Slower; nothing but the weight is rounded. A weight quantized for each product has no use of it.
 
     Notes
     -----
@@ -128,13 +131,14 @@ def matmul(
         state.threshold = float(threshold)
     tracing = torch.compiler.is_compiling()
     weight, source = _weight(B, state, tracing)
-    if out is None and source is None and not tracing:
+    integers = not state.force_no_igemmlt
+    if integers and out is None and source is None and not tracing:
         prepared = _int8_prepared.prepare(weight.CB, weight.SCB)
         if prepared is not None:
             done = _int8_prepared.multiply(prepared, weight.CB, weight.SCB, A, state.threshold, bias)
             if done is not None:
                 return done
-    return multiply(A, weight, state.threshold, bias, source, out)
+    return multiply(A, weight, state.threshold, bias, source, out, integers)
 
 
 def _weight(B: torch.Tensor, state: MatmulLtState, tracing: bool) -> tuple[Weight, torch.Tensor | None]:
@@ -176,8 +180,12 @@ def multiply(
     bias: torch.Tensor | None,
     B: torch.Tensor | None,
     out: torch.Tensor | None = None,
+    integers: bool = True,
 ) -> torch.Tensor:
-    """Return `matmul`'s result after a look at everything: for calls that are not the ordinary one."""
+    """Return `matmul`'s result after a look at everything: for calls that are not the ordinary one.
+
+    Without `integers`, nothing of `A` is quantized: see ``MatmulLtState.force_no_igemmlt``.
+    """
     _checks.check_tensor("A", A)
     if not A.is_floating_point():
         raise ValueError(f"A: expected a floating-point dtype, got {A.dtype}")
@@ -191,12 +199,26 @@ def multiply(
         _checks.check_tensor("bias", bias)
         bias = bias.to(A.dtype)
     if out is None:
-        return linear(A, bias, B, weight, float(threshold)).to(dtype)
+        return _product(A, weight, threshold, bias, B, integers).to(dtype)
     differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (A, bias, B))
     _check_out(out, A, dtype, weight, differentiable)
-    if dtype == A.dtype and _launch.is_direct(A, bias, out, *weight):
+    if integers and dtype == A.dtype and _launch.is_direct(A, bias, out, *weight):
         return _int8.int8_linear(A, *weight, threshold, bias, out=out)
-    return out.copy_(linear(A, bias, B, weight, float(threshold)))
+    return out.copy_(_product(A, weight, threshold, bias, B, integers))
+
+
+def _product(
+    A: torch.Tensor,
+    weight: Weight,
+    threshold: float,
+    bias: torch.Tensor | None,
+    B: torch.Tensor | None,
+    integers: bool,
+) -> torch.Tensor:
+    if integers or B is not None:
+        return linear(A, bias, B, weight, float(threshold))
+    product = dense(A, weight, transposed=False)
+    return product if bias is None else product + bias
 
 
 def _check_out(out: torch.Tensor, A: torch.Tensor, dtype: torch.dtype, weight: Weight, differentiable: bool) -> None:

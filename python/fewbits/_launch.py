@@ -18,6 +18,7 @@ from fewbits import _native
 from fewbits._backend import IS_NATIVE_EVERYWHERE, NATIVE_TYPES, PORTABLE
 from fewbits._checks import (
     DTYPES,
+    LARGE_BLOCKSIZES,
     NESTED_BLOCKSIZE,
     QUANT_TYPES,
     block_count,
@@ -343,7 +344,7 @@ def quantize_blockwise(
     codes = target(out, A.shape, torch.uint8, device)
     maxima = target(absmax, (blocks,), torch.float32, device)
     ordinal, queue = target_queue(device)
-    if n and ordinal == PORTABLE:
+    if n and (ordinal == PORTABLE or blocksize in LARGE_BLOCKSIZES):
         blockwise.quantize(x, tables.of(code, device), blocksize, codes, maxima)
     elif n:
         _native.quantize_blockwise(
@@ -377,7 +378,7 @@ def dequantize_blockwise(
     address, _code = code_address(code)
     values = target(out, A.shape, dtype, device)
     ordinal, queue = target_queue(device)
-    if n and ordinal == PORTABLE:
+    if n and (ordinal == PORTABLE or blocksize in LARGE_BLOCKSIZES):
         blockwise.dequantize(packed, maxima, tables.of(code, device).values, blocksize, values)
     elif n:
         _native.dequantize_blockwise(

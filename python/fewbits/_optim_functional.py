@@ -187,6 +187,8 @@ class _Kind:
 class _Record:
     """What `Launch` and an `Entry` ask a configuration about."""
 
+    has_ratio = True  # without one, the rule is another
+
     def __init__(self, record: bytes, names: tuple[str, ...]) -> None:
         self.record, self.names = record, names
 

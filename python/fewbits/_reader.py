@@ -10,9 +10,14 @@ from typing import Any
 import torch
 
 from . import functional as F
+from ._checks import check_blocksize
 from ._safetensors import CorruptFileError, TensorEntry, read_header
 from ._selection import BLOCKWISE8_STATE, Format
+from .nn.module8bit import check_format
+from .nn.params import as_packed
+from .utils import unpack_tensor_to_dict
 
+_STATS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", ".SCB", ".weight_format")
 _QUANTIZED_SUFFIXES = (".SCB", ".weight_format", ".absmax", ".quant_map", ".qweight", ".weight_scale_inv")
 
 
@@ -81,7 +86,7 @@ class Checkpoint:
         module, _, leaf = name.rpartition(".")
         if leaf in ("SCB", "weight_format") and f"{module}.weight" in self.entries:
             return f"{module}.weight"
-        for suffix in (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map"):
+        for suffix in _STATS[:4]:
             if name.endswith(suffix):
                 owner = name.removesuffix(suffix)
                 return owner if owner in self.entries else None
@@ -114,6 +119,12 @@ class Checkpoint:
             if name.endswith(_QUANTIZED_SUFFIXES) or ".quant_state." in name:
                 raise UsageError(f"{self.path}: already quantized (holds the tensor {name})")
 
+    def refuse_orphans(self) -> None:
+        """Raise :class:`CheckpointError` if a tensor describes a quantized weight that is not there."""
+        for name, entry in self.entries.items():
+            if self._owner(name) is None and (name.endswith(_STATS) or ".quant_state." in name):
+                raise CheckpointError(f"{entry.path}: {name}: the weight that it describes is missing")
+
     def load_tensor(
         self, name: str, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
     ) -> torch.Tensor:
@@ -142,29 +153,30 @@ class Checkpoint:
         if name not in self.entries:
             raise KeyError(f"{self.path}: no tensor {name!r}")
         quant_format = self.quantized_format(name)
-        stored = self.entries[name].read().to(device)
+        entry = self.entries[name]
         if quant_format is None:
-            return stored
+            if name in self._stats:
+                found = ", ".join(key.rpartition(".")[2] for key in self._stats[name])
+                raise CheckpointError(f"{entry.path}: {name}: what tells how to read it is missing (found {found})")
+            return _read(entry).to(device)
         try:
+            stored = _read(entry).to(device)
+            stats = {key: _read(other) for key, other in self._stats[name].items()}
             if quant_format == "int8rows":
-                scale = self.entries[f"{name.removesuffix('weight')}SCB"].read().to(device)
-                return (stored.float() * (scale.float() / 127).unsqueeze(1)).to(dtype or torch.float32)
+                return _dequantize_rows(stored, stats, name).to(dtype or torch.float32)
+            stats = {key.removeprefix(f"{name}."): value for key, value in stats.items()}
             if quant_format == "blockwise8":
-                absmax, code = (self.entries[f"{name}.{k}"].read().to(device) for k in ("absmax", "quant_map"))
-                state = json.loads(self.entries[f"{name}.{BLOCKWISE8_STATE}"].read().numpy().tobytes())
-                wanted = dtype or getattr(torch, state["dtype"])
-                blocks = F.QuantState(absmax, code=code, blocksize=state["blocksize"], dtype=wanted)
-                return F.dequantize_blockwise(stored, blocks).reshape(state["shape"])
-            prefix = f"{name}."
-            stats = {k.removeprefix(prefix): e.read() for k, e in self._stats[name].items()}
+                return _dequantize_blocks(stored, stats, dtype)
             quant_state = F.QuantState.from_dict(stats, device=torch.device(device))
             if dtype is not None:
                 quant_state.dtype = dtype
             # bitsandbytes takes a single packed row for a transposed weight; the state knows the shape.
-            values = F.dequantize_4bit(stored, quant_state)
+            values = F.dequantize_4bit(as_packed("weight", stored, quant_state), quant_state)
             return values if quant_state.shape is None else values.reshape(quant_state.shape)
-        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-            raise CheckpointError(f"{self.path}: {name}: cannot dequantize ({error})") from error
+        except CheckpointError:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
+            raise CheckpointError(f"{entry.path}: {name}: cannot dequantize ({error})") from error
 
 
 def load_tensor(
@@ -191,8 +203,44 @@ def iter_dequantized(
     >>> state = dict(iter_dequantized("model-nf4"))  # doctest: +SKIP
     """
     checkpoint = Checkpoint(path)
+    checkpoint.refuse_orphans()
     for name in checkpoint.names():
         yield name, checkpoint.load_tensor(name, dtype, device)
+
+
+def _read(entry: TensorEntry) -> torch.Tensor:
+    """Read a tensor; what is wrong with it names the file."""
+    try:
+        return entry.read()
+    except (CorruptFileError, TypeError) as error:
+        raise CheckpointError(str(error)) from None
+
+
+def _dequantize_rows(codes: torch.Tensor, stats: dict[str, torch.Tensor], name: str) -> torch.Tensor:
+    """Return the values of int8 rows, float32."""
+    SCB = stats[f"{name.removesuffix('weight')}SCB"].to(codes.device)
+    check_format(stats.get(f"{name}_format", 0))
+    if codes.dtype != torch.int8 or codes.dim() != 2:
+        raise ValueError(f"weight: expected torch.int8 of two dimensions, got {codes.dtype} of {tuple(codes.shape)}")
+    if not SCB.is_floating_point() or SCB.numel() != codes.shape[0]:
+        raise ValueError(f"SCB: expected {codes.shape[0]} floating-point values, got {SCB.numel()} of {SCB.dtype}")
+    return codes.float() * (SCB.float().view(-1) / 127).unsqueeze(1)
+
+
+def _dequantize_blocks(codes: torch.Tensor, stats: dict[str, torch.Tensor], dtype: torch.dtype | None) -> torch.Tensor:
+    """Return the values of 8-bit blocks."""
+    state = unpack_tensor_to_dict(stats[BLOCKWISE8_STATE])
+    if state["shape"] != list(codes.shape):
+        raise ValueError(f"shape: expected {list(codes.shape)}, got {state['shape']}")
+    if codes.dtype != torch.uint8:
+        raise ValueError(f"weight: expected torch.uint8, got {codes.dtype}")
+    own = getattr(torch, str(state["dtype"]), None)
+    if not isinstance(own, torch.dtype):
+        raise ValueError(f"dtype: expected float32, float16 or bfloat16, got {state['dtype']!r}")
+    absmax, code = (stats[key].to(codes.device) for key in ("absmax", "quant_map"))
+    check_blocksize(state["blocksize"])
+    blocks = F.QuantState(absmax, code=code, blocksize=state["blocksize"], dtype=dtype or own)
+    return F.dequantize_blockwise(codes, blocks)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

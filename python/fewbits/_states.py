@@ -41,6 +41,15 @@ def check_state(quant_state: object) -> QuantState:
     return quant_state
 
 
+def ordinary(codes: torch.Tensor, state: QuantState) -> tuple[torch.Tensor, QuantState]:
+    """Return codes and state in the layout that kernels read."""
+    if not state.packing_format_for_cpu:
+        return codes, state
+    from fewbits import _cpu_layout  # which needs the functions that come from here
+
+    return _cpu_layout.ordinary(codes, state)
+
+
 def dequantize_as(
     A: torch.Tensor, state: QuantState, dtype: torch.dtype, out: torch.Tensor | None = None
 ) -> torch.Tensor:
@@ -49,6 +58,7 @@ def dequantize_as(
         done = _direct.dequantize_4bit(A, state, dtype, out)
         if done is not None:
             return done
+    A, state = ordinary(A, state)
     shape, blocksize, quant_type = state.shape, state.blocksize, state.quant_type
     if not state.nested:
         run: Any = backend(A, state.absmax, out)
@@ -76,6 +86,7 @@ def nested_parts(state: QuantState, device: torch.device) -> tuple[torch.Tensor,
 
 def weight_parts(B: torch.Tensor, state: QuantState) -> WeightParts:
     """Return codes and a checked state as ops and autograd take them."""
+    B, state = ordinary(B, state)
     blocksize, quant_type, shape = state.blocksize, state.quant_type, state.shape
     assert blocksize is not None
     assert quant_type is not None

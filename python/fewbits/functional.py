@@ -353,7 +353,7 @@ def quantize_blockwise(
     out : torch.Tensor, optional
         uint8, as many elements as `A`: receives the codes.
     blocksize : int
-        A power of two from 32 to 4096.
+        A power of two from 32 to 65536. Above 4096, plain torch operations take the place of kernels.
     nested : bool
         Whether the maxima, less their mean, are quantized in turn, with the signed dynamic map and the same block size.
 
@@ -381,7 +381,10 @@ def quantize_blockwise(
             return done[0], QuantState(
                 done[1], code=shared_table("dynamic", A.device), blocksize=blocksize, dtype=A.dtype
             )
-    _checks.check_quantize(A, blocksize)
+    if nested:
+        _checks.check_quantize(A, blocksize)
+    else:
+        _checks.check_quantize_blockwise(A, None, blocksize)
     code = _own_code(code, A.device)
     run: Any = backend(A, code, absmax, out)
     codes, maxima = run.quantize_blockwise(A, code, blocksize, out, absmax)
@@ -417,7 +420,7 @@ def dequantize_blockwise(
     out : torch.Tensor, optional
         Receives the values; the state's dtype and the shape of `A`.
     blocksize : int
-        A power of two from 32 to 4096.
+        A power of two from 32 to 65536. Above 4096, plain torch operations take the place of kernels.
     nested : bool
         Not looked at: a `quant_state` knows.
 
@@ -455,7 +458,7 @@ def dequantize_blockwise(
     else:
         absmax, code, dtype = quant_state.absmax, quant_state.code, quant_state.dtype
         if quant_state.blocksize is None:
-            raise ValueError("quant_state.blocksize: expected a power of two from 32 to 4096, got None")
+            raise ValueError("quant_state.blocksize: expected a power of two from 32 to 65536, got None")
         blocksize = quant_state.blocksize
         if quant_state.nested:
             offset, state2 = nested_parts(quant_state, A.device)

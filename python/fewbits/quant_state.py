@@ -10,9 +10,11 @@ from typing import Any, ClassVar
 import torch
 
 from fewbits import codebook
-from fewbits._checks import BLOCKSIZES, DTYPES, block_count
+from fewbits._checks import BLOCKSIZES, DTYPES, LARGE_BLOCKSIZES, block_count
+from fewbits._safetensors import MAX_BLOB_BYTES
 from fewbits.utils import pack_dict_to_tensor, unpack_tensor_to_dict
 
+_LARGEST = torch.finfo(torch.float32).max
 _TENSOR_KEYS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 
 
@@ -58,6 +60,8 @@ class QuantState:
         *("absmax", "quant_map", "nested_absmax", "nested_quant_map", "quant_state", "quant_type"),
         *("blocksize", "dtype", "shape", "nested_blocksize", "nested_dtype", "nested_offset"),
     ]
+
+    packing_format_for_cpu = False  # whether the codes are in the layout of `_cpu_layout`
 
     def __init__(
         self,
@@ -199,9 +203,9 @@ class QuantState:
         items = _unpack(qs_dict, cls)
         quant_type = items.get("quant_type")
         if quant_type is not None and quant_type not in cls.valid_quant_types:
-            raise ValueError(f"quant_type: expected one of {cls.valid_quant_types}, got {quant_type!r}")
+            raise ValueError(f"quant_type: expected one of {cls.valid_quant_types}, got {_short(quant_type)}")
         shape = _parse_shape(items.get("shape"), required=quant_type is not None)
-        blocksize = _parse_blocksize("blocksize", items)
+        blocksize = _parse_blocksize("blocksize", items, large=quant_type is None)
         nested_keys = ("nested_absmax", "nested_blocksize", "nested_quant_map", "nested_dtype", "nested_offset")
         present = [key for key in nested_keys if key in items]
         nested = bool(present)
@@ -222,8 +226,9 @@ class QuantState:
                 dtype=_parse_dtype("nested_dtype", items),
             )
             number = items["nested_offset"]
-            if isinstance(number, bool) or not isinstance(number, (int, float)):
-                raise ValueError(f"nested_offset: expected a number, got {number!r}")
+            # What float32 cannot hold would make every value infinite or NaN.
+            if isinstance(number, bool) or not isinstance(number, (int, float)) or not abs(number) <= _LARGEST:
+                raise ValueError(f"nested_offset: expected a finite float32 number, got {_short(number)}")
             offset = torch.tensor(float(number), dtype=torch.float32, device=device)
         return cls(
             absmax=absmax.to(device),
@@ -303,12 +308,14 @@ def _unpack(qs_dict: Mapping[str, Any], cls: type[QuantState]) -> dict[str, Any]
                 f"got the keys {sorted(qs_dict)}"
             )
         name, tensor = packed[0]
+        if isinstance(tensor, torch.Tensor) and tensor.numel() > MAX_BLOB_BYTES:
+            raise ValueError(f"quant_state.{name}: expected at most {MAX_BLOB_BYTES} bytes, got {tensor.numel()}")
         try:
             unpacked = unpack_tensor_to_dict(tensor)
         except (TypeError, ValueError) as error:
             raise ValueError(f"quant_state.{name}: {error}") from error
-        if unpacked.get("quant_type") != name.removeprefix("bitsandbytes__"):
-            raise ValueError(f"quant_state.{name}: expected a quant_type to match, got {unpacked.get('quant_type')!r}")
+        if (quant_type := unpacked.get("quant_type")) != name.removeprefix("bitsandbytes__"):
+            raise ValueError(f"quant_state.{name}: expected a quant_type to match, got {_short(quant_type)}")
         items = {**{key: value for key, value in unpacked.items() if key not in _TENSOR_KEYS}, **items}
     elif packed:
         raise ValueError(f"quant_state.{packed[0][0]}: expected no packed tensor beside the key 'quant_type'")
@@ -318,27 +325,35 @@ def _unpack(qs_dict: Mapping[str, Any], cls: type[QuantState]) -> dict[str, Any]
     return items
 
 
+def _short(value: Any) -> str:
+    """Return a value for an error message: files may hold numbers of thousands of digits, or too many to print."""
+    try:
+        text = repr(value)
+    except ValueError:
+        return f"a {type(value).__name__} too long to print"
+    return text if len(text) <= 80 else f"{text[:80]}..."
+
+
 def _parse_shape(shape: Any, required: bool) -> torch.Size | None:
     if shape is None and not required:
         return None
-    if not isinstance(shape, (list, tuple)) or not all(type(size) is int and size >= 0 for size in shape):
-        raise ValueError(f"shape: expected a list of sizes, got {shape!r}")
+    if not isinstance(shape, (list, tuple)) or not all(type(size) is int and 0 <= size < 2**63 for size in shape):
+        raise ValueError(f"shape: expected a list of sizes, got {_short(shape)}")
     return torch.Size(shape)
 
 
-def _parse_blocksize(key: str, items: dict[str, Any]) -> int:
-    blocksize = items[key]
-    if type(blocksize) is not int or blocksize not in BLOCKSIZES:
-        raise ValueError(f"{key}: expected a power of two from 32 to 4096, got {blocksize!r}")
+def _parse_blocksize(key: str, items: dict[str, Any], large: bool = False) -> int:
+    blocksize, sizes = items[key], BLOCKSIZES + LARGE_BLOCKSIZES if large else BLOCKSIZES
+    if type(blocksize) is not int or blocksize not in sizes:
+        raise ValueError(f"{key}: expected a power of two from 32 to {sizes[-1]}, got {_short(blocksize)}")
     return blocksize
 
 
 def _parse_dtype(key: str, items: dict[str, Any]) -> torch.dtype:
     value = items[key]
     dtype = getattr(torch, value.removeprefix("torch."), None) if isinstance(value, str) else value
-    if dtype not in DTYPES:
-        raise ValueError(f"{key}: expected float32, float16 or bfloat16, got {value!r}")
-    assert isinstance(dtype, torch.dtype)
+    if not isinstance(dtype, torch.dtype) or dtype not in DTYPES:
+        raise ValueError(f"{key}: expected float32, float16 or bfloat16, got {_short(value)}")
     return dtype
 
 

@@ -79,7 +79,7 @@ def unpack_tensor_to_dict(tensor_data: torch.Tensor) -> dict[str, Any]:
         )
     try:
         unpacked = json.loads(bytes(tensor_data.tolist()).decode("utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"tensor_data: expected the bytes of JSON text, got something else ({error})") from error
     if not isinstance(unpacked, dict):
         raise ValueError(f"tensor_data: expected the JSON text of a dictionary, got a {type(unpacked).__name__}")

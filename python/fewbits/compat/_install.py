@@ -51,11 +51,10 @@ def install_as_bitsandbytes() -> None:
 
 def stand_in() -> None:
     """Do what an import of bitsandbytes under this name entails beside the import itself."""
-    from fewbits.compat import _ops, _refresh
-    from fewbits.optim import _naming
+    from fewbits.compat import _differences, _ops, _refresh
 
     _ops.register()
-    _naming.stands_in_as = NAME
+    _differences.stands_in_as = NAME
     _refresh.refresh()
 
 

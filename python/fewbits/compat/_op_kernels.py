@@ -100,6 +100,9 @@ def gemv_4bit(
 ) -> torch.Tensor:
     quant_type = _type_of(code)
     state = quant_state.QuantState(absmax, torch.Size(shapeB), None, blocksize, quant_type, A.dtype)
+    if absmax.dim() == 2 and absmax.dtype == torch.bfloat16:  # transposed: by this, a repacked weight is known
+        layout = {"original_dtype": A.dtype, "original_qshape": (B.numel(), 1), "packing_format_for_cpu": True}
+        state.__dict__.update(layout)
     return matmul_4bit(A, B, state, out)
 
 

@@ -8,8 +8,31 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import nn
 
+from fewbits import _checks
+from fewbits.nn.parameter import QuantizedParameter
+
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+
+_TORCH = frozenset(nn.Module().__dict__)  # what every module has, parameters among it
+
+
+def _snapshot(p: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any], tuple[bool, bool, bool]]:
+    # Quantized parameters get other memory when they are loaded; all others are written to.
+    origin = (getattr(p, "_from_values", False), getattr(p, "_shell", False), p.requires_grad)
+    return p.data if isinstance(p, QuantizedParameter) else p.detach().clone(), dict(p.__dict__), origin
+
+
+def _restore(p: Any, data: torch.Tensor, attributes: dict[str, Any], origin: tuple[bool, bool, bool]) -> None:
+    if not isinstance(p, QuantizedParameter):
+        if not p.is_meta:
+            p.data.copy_(data)
+        return
+    p.data = data
+    p.__dict__.clear()
+    p.__dict__.update(attributes)
+    p._from_values, p._shell, p.requires_grad = origin
 
 
 class QuantizedModule(nn.Module):
@@ -81,6 +104,29 @@ class QuantizedModule(nn.Module):
         """Return the floating-point weight that a state dict holds, quantized where the present one is."""
         raise NotImplementedError
 
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load as ``nn.Module.load_state_dict``; a state dict that is refused leaves the module as it was."""
+        undo = self._undo()
+        try:
+            return super().load_state_dict(state_dict, strict, assign)
+        except Exception:
+            undo()
+            raise
+
+    def _undo(self) -> Callable[[], None]:
+        """Return what brings the module's parameters, and what it keeps of them, back to what they are now."""
+        kept = [(name, p, None if p is None else _snapshot(p)) for name, p in self._parameters.items()]
+        attributes = {key: value for key, value in self.__dict__.items() if key not in _TORCH}
+
+        def undo() -> None:
+            for name, p, snapshot in kept:
+                self._parameters[name] = p
+                if p is not None and snapshot is not None:
+                    _restore(p, *snapshot)
+            self.__dict__.update(attributes)
+
+        return undo
+
     def _load_from_state_dict(
         self,
         state_dict: Mapping[str, Any],
@@ -94,32 +140,58 @@ class QuantizedModule(nn.Module):
         weight, name = self._parameters["weight"], f"{prefix}weight"
         load = super()._load_from_state_dict
         stats = self._statistics(state_dict, prefix)
-        if not isinstance(weight, self._parameter_class) or (name not in state_dict and not stats):
+        if not isinstance(weight, self._parameter_class):
             load(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
             return
         rest = {key: value for key, value in state_dict.items() if key not in stats}
         assign = bool(local_metadata.get("assign_to_params_buffers", False))
-        try:
-            loaded = self._read(weight, rest.pop(name, None), stats, assign)
-        except (TypeError, ValueError) as error:
-            error_msgs.append(f"While loading {name}: {error}")
-            return
+        loaded = None
+        if name in rest or stats:
+            try:
+                loaded = self._read(weight, rest.pop(name, None), stats, assign)
+            except (TypeError, ValueError) as error:
+                error_msgs.append(f"While loading {name}: {error}")
+                return
         own_bias, bias = self._parameters.get("bias"), rest.get(f"{prefix}bias")
-        if own_bias is not None and own_bias.is_meta and isinstance(bias, torch.Tensor) and not assign:
-            # There is nothing to copy into: a copy takes its place.
-            rest[f"{prefix}bias"] = bias.detach().clone()
-            local_metadata = {**local_metadata, "assign_to_params_buffers": True}
+        if own_bias is not None and isinstance(bias, torch.Tensor):
+            # torch would cast integers to numbers that they do not stand for.
+            if bias.layout is not torch.strided or not bias.is_floating_point():
+                error_msgs.append(
+                    f"While loading {prefix}bias: expected a dense tensor of a floating-point dtype, "
+                    f"got {bias.dtype} of layout {bias.layout}"
+                )
+                return
+            if own_bias.is_meta and bias.shape == own_bias.shape and not assign:
+                # There is nothing to copy into: a copy takes its place.
+                rest[f"{prefix}bias"] = bias.detach().clone()
+                local_metadata = {**local_metadata, "assign_to_params_buffers": True}
+        if loaded is None and strict:
+            missing_keys.append(name)
+        errors: list[str] = []
+        undo = self._undo()
         self._parameters["weight"] = None
         try:
-            load(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+            load(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, errors)
         finally:
             self._parameters["weight"] = weight
+        if errors:
+            undo()
+            error_msgs += errors
+            return
+        if loaded is None:
+            return
         self._replace_weight(loaded, keep_identity=not assign and not weight.is_meta)
         self._adopt(loaded)
 
     def _read(self, weight: Any, entry: torch.Tensor | None, stats: Mapping[str, Any], assign: bool) -> Any:
         if not isinstance(entry, torch.Tensor):
             raise ValueError(f"weight: expected a tensor, got {type(entry).__name__}")
+        has_values = self._load_device(weight, entry, assign).type != "meta"
+        for name, value in {"weight": entry, **stats}.items():
+            if isinstance(value, torch.Tensor):
+                _checks.check_tensor(name, value)
+                if has_values and value.is_meta:
+                    raise ValueError(f"{name}: expected values, got a tensor on meta, which has none")
         if stats:
             return self._read_weight(weight, entry, stats, assign)
         shape = self._weight_shape()

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
 from fewbits import _checks, _launch, _panel, _weight_ops
 from fewbits._states import check_state, weight_parts, weight_tensors
+from fewbits.compat import _differences
 from fewbits.nn.module import Module4bit
 from fewbits.nn.params import Params4bit
 
@@ -54,9 +57,14 @@ class Embedding4bit(Module4bit, nn.Embedding):
         super().__init__(num_embeddings, embedding_dim, device=device, dtype=dtype)
         self.dtype = self.weight.dtype
         self._hold(False, quant_type, quant_storage)
+        _differences.warn_of_shared_blocks(embedding_dim, self.weight.blocksize)
 
     def _weight_shape(self) -> torch.Size:
         return torch.Size((self.num_embeddings, self.embedding_dim))
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        _differences.refuse_saving(self)
+        super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002  (nn.Embedding's name)
         """Return the rows that indices name.

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
 from fewbits import _checks
+from fewbits.compat import _differences
 from fewbits.nn.int8_params import Int8Params
 from fewbits.nn.module8bit import Module8bit
 
@@ -50,6 +53,10 @@ class Embedding8bit(Module8bit, nn.Embedding):
 
     def _weight_shape(self) -> torch.Size:
         return torch.Size((self.num_embeddings, self.embedding_dim))
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        _differences.refuse_saving(self)
+        super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002  (nn.Embedding's name)
         """Return the rows that indices name.

@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-import logging
-
 import torch
 from torch import nn
 
 from fewbits import _prepared
 from fewbits.autograd import multiply
+from fewbits.compat import _differences
 from fewbits.nn.module import Module4bit
 from fewbits.nn.params import Params4bit
 
 __all__ = ["Linear4bit", "LinearFP4", "LinearNF4"]
 
 _is_compiling = torch.compiler.is_compiling
-_logger = logging.getLogger("fewbits.nn")
-_warned: set[str] = set()
-
-
-def _warn_once(message: str) -> None:
-    if message not in _warned:
-        _warned.add(message)
-        _logger.warning(message)
 
 
 class Linear4bit(Module4bit, nn.Linear):
@@ -120,10 +111,11 @@ class Linear4bit(Module4bit, nn.Linear):
                 self.set_compute_type(x)
                 self.compute_type_is_set = True
             elif self.compute_dtype is torch.float32 and input_dtype in (torch.float16, torch.bfloat16):
-                _warn_once(
+                _differences.warn_once(
                     "Linear4bit: compute_dtype is float32 and the inputs have 16 bits: this is slow; "
                     "set compute_dtype (bnb_4bit_compute_dtype) to the dtype of the inputs"
                 )
+            _differences.cast_bias(self.bias, input_dtype)
         if self.compute_dtype is not None:
             x = x.to(self.compute_dtype)
         codes = self.weight if tracing else self.weight.data
@@ -136,9 +128,10 @@ class Linear4bit(Module4bit, nn.Linear):
         if x.dtype in (torch.float32, torch.bfloat16):
             self.compute_dtype = x.dtype
         elif x.dtype == torch.float16 and self.compute_dtype is None:
-            _warn_once(
+            use = "inference" if x.numel() == x.shape[-1] else "inference or training"
+            _differences.warn_of_layer(
                 "Linear4bit: compute_dtype is not set and the first input is float16: products are computed in "
-                "float16, which overflows past 65504; set compute_dtype (bnb_4bit_compute_dtype)"
+                f"float16, which overflows past 65504 in {use}. Set compute_dtype (bnb_4bit_compute_dtype)"
             )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from fewbits import _int8_prepared
 from fewbits._checks_int8 import check_threshold
 from fewbits._int8_matmul import MatmulLtState, multiply, quantize_weight
 from fewbits._int8_product import Weight
+from fewbits.compat import _differences
 from fewbits.nn.int8_params import Int8Params, Scales
 from fewbits.nn.module8bit import Module8bit
 
@@ -116,19 +118,25 @@ class Linear8bitLt(Module8bit, nn.Linear):
         weight: Any = self._parameters.get("weight")
         if not tracing:
             state.is_training = self.training
-            if type(weight) is Int8Params and (prepared := weight.prepared) is not None and weight.SCB is None:
+            if (
+                type(weight) is Int8Params
+                and (prepared := weight.prepared) is not None
+                and weight.SCB is None
+                and not state.force_no_igemmlt
+            ):
                 done = _int8_prepared.multiply(
                     prepared, weight, state.SCB, x, state.threshold, self._parameters["bias"]
                 )
                 if done is not None:
                     return done
+            _differences.cast_bias(self.bias, x.dtype)
         weight = self.weight
         if not weight.is_floating_point():
             quantized = self._find_weight(weight, tracing)
             if not tracing and type(weight) is Int8Params and weight.prepared is None:
                 # For the next call.
                 weight.prepared = _int8_prepared.prepare(weight.data, quantized.SCB) or Scales(quantized.SCB)
-            return multiply(x, quantized, state.threshold, self.bias, None)
+            return multiply(x, quantized, state.threshold, self.bias, None, integers=not state.force_no_igemmlt)
         if state.has_fp16_weights:
             source = weight if weight.requires_grad else None
             return multiply(x, quantize_weight(weight, state, tracing), state.threshold, self.bias, source)
@@ -175,6 +183,17 @@ class Linear8bitLt(Module8bit, nn.Linear):
 
     # ---- what moves, copies, saves and loads ask for -----------------------------------------------------------------
 
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
+    ) -> None:
+        refusal = _differences.refuse_codes(
+            self, state_dict, prefix, bool(local_metadata.get("assign_to_params_buffers"))
+        )
+        if refusal is None:
+            super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+        else:
+            args[-1].append(refusal)
+
     def _scales(self) -> torch.Tensor | None:
         weight = self.weight
         SCB: torch.Tensor | None = getattr(weight, "SCB", None)
@@ -209,6 +228,16 @@ class Linear8bitLt(Module8bit, nn.Linear):
             state.SCB = self._SCB = state.SCB.to(weight.device)
         elif self._SCB is not None:
             self._SCB = self._SCB.to(weight.device)
+
+    def _undo(self) -> Callable[[], None]:
+        undo, state = super()._undo(), dict(self.state.__dict__)
+
+        def undo_all() -> None:
+            undo()
+            self.state.__dict__.clear()
+            self.state.__dict__.update(state)
+
+        return undo_all
 
     def __getstate__(self) -> dict[str, Any]:
         # The codes are the weight's: a copy or a pickle holds them once.

@@ -78,7 +78,9 @@ class Module8bit(QuantizedModule):
 
 def check_format(value: Any) -> None:
     """Raise unless a checkpoint's codes are row by row. The layouts of older GPUs are not read."""
-    if isinstance(value, torch.Tensor) and value.numel() == 1:
-        value = int(value)
+    if isinstance(value, torch.Tensor):
+        value = value.tolist() if value.numel() <= 1 else f"a tensor of shape {tuple(value.shape)}"
+        while isinstance(value, list) and len(value) == 1:
+            value = value[0]
     if value not in (_ROW, "row"):
         raise ValueError(f"weight_format: expected {_ROW} (row), got {value!r}")

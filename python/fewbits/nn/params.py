@@ -12,6 +12,7 @@ import torch
 
 from fewbits import _checks, _launch
 from fewbits._prepared import Prepared
+from fewbits._states import ordinary
 from fewbits.functional import quantize_4bit
 from fewbits.nn.parameter import QuantizedParameter, attributes, blank, no_scales
 from fewbits.quant_state import QuantState
@@ -236,6 +237,13 @@ class Params4bit(QuantizedParameter):
 
     # ---- copying ---------------------------------------------------------------------------------------------------
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        found = state.get("quant_state")
+        if isinstance(found, QuantState):
+            data, found = ordinary(state["data"], found)
+            state = {**state, "data": data, "quant_state": found}
+        super().__setstate__(state)
+
     def __getstate__(self) -> dict[str, Any]:
         # Without the module: whoever pickles or copies a lone parameter does not want the model with it.
         return {**super().__getstate__(), "module": None}
@@ -302,6 +310,8 @@ def as_packed(name: str, data: torch.Tensor, state: QuantState) -> torch.Tensor:
         raise TypeError(f"{name}: expected a tensor, got {type(data).__name__}")
     assert state.shape is not None
     n = prod(state.shape)
+    if data.is_complex() or data.dtype == torch.bool or (data.is_floating_point() and data.itemsize == 1):
+        raise ValueError(f"{name}: expected packed bytes as integers or floats of 16 bits or more, got {data.dtype}")
     count = _checks.storage_count(n, data.dtype)
     if data.numel() != count:
         _checks.check_count(name, data, count, f"the codes of shape {tuple(state.shape)}, two a byte, in {data.dtype}")

@@ -29,6 +29,7 @@ class Config:
         self.record = b""
         self.names: tuple[str, ...] = ()  # of the states that the rule needs
         self.values: dict[str, Any] = {}
+        self.has_ratio = True  # of rules that have one
         self.buffer: torch.Tensor | None = None
 
     def refresh(self) -> bool:
@@ -63,6 +64,7 @@ class Config:
         self.record = pack(family, values, float(lr), address)
         names, before = family.states(values), self.names
         self.seen, self.values, self.names = seen, values, names
+        self.has_ratio = bool(trust)
         return names != before
 
     def _from_tensor(self, lr: torch.Tensor) -> tuple[float, int]:

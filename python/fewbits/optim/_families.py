@@ -165,8 +165,8 @@ def check_values(name: str, values: Values, bits: int) -> None:
             "nesterov: expected a momentum and no dampening beside it, "
             f"got momentum {betas[0]!r} and dampening {values['dampening']!r}"
         )
-    if FAMILIES[name].trust and not values["max_unorm"] > 0.0:
-        raise ValueError(f"max_unorm: expected a positive trust coefficient, got {values['max_unorm']!r}")
+    if FAMILIES[name].trust:
+        _at_least_zero("max_unorm", values["max_unorm"])
     if bits == 8:
         check_8bit(name, values)
 

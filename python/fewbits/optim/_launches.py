@@ -237,6 +237,10 @@ class Bundle:
         _native.optim_trust(
             partials, tensors, count, launch.tile_count, self.family.number, groups, ratios, *target_queue(self.device)
         )
+        if any(not config.has_ratio for config in launch.configs):
+            assert self.ratios is not None
+            found = self.ratios[launch.entry : launch.entry + count]
+            found.masked_fill_(found == 0, 1.0)
 
 
 def _as_float32(value: Any, device: torch.device) -> torch.Tensor | None:

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 from abc import ABCMeta
 
-_PACKAGE = "fewbits.optim."
+from fewbits.compat import _differences
 
-stands_in_as: str | None = None  # "bitsandbytes" after `install_as_bitsandbytes`
+_PACKAGE = "fewbits.optim."
 
 
 class Named(ABCMeta):
     """The class of optimizer classes. An ABCMeta, so that they can be mixed with abstract classes."""
 
     def __repr__(cls) -> str:
-        module, name = cls.__module__, cls.__qualname__
+        module, name, stands_in_as = cls.__module__, cls.__qualname__, _differences.stands_in_as
         if stands_in_as is not None and module.startswith(_PACKAGE):
             module = f"{stands_in_as}.optim.{module.removeprefix(_PACKAGE).replace('_base', 'optimizer')}"
         return f"<class '{module}.{name}'>"

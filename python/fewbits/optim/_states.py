@@ -10,6 +10,7 @@ import torch
 
 from fewbits import _checks
 from fewbits.codebook import TABLES, shared_table
+from fewbits.compat import _differences
 
 BLOCKSIZE = 256
 QUANT_STATE = "__bnb_optimizer_quant_state__"
@@ -40,6 +41,12 @@ class State(dict[str, Any]):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.watch = None
+
+    def __missing__(self, name: str) -> Any:
+        norm = _differences.norm_of_update(self) if name == "unorm_vec" else None
+        if norm is None:
+            raise KeyError(name)
+        return norm
 
     def __reduce__(self) -> tuple[Any, ...]:
         return dict, (dict(self),)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fewbits.compat import _differences
 from fewbits.optim._families import no_amsgrad
 from fewbits.optim._options import Options, Params
 from fewbits.optim.optimizer import Optimizer2State
@@ -87,7 +88,7 @@ class LAMB(_LAMB):
     min_8bit_size : int
         Parameters of fewer elements have 32-bit states.
     max_unorm : float
-        A factor of the trust ratio; 1 in the paper.
+        A factor of the trust ratio; 1 in the paper. 0: no ratio, as if it were 1 throughout.
     **options
         ``stochastic_rounding``, ``seed``, ``max_grad_norm``, ``skip_nonfinite``, ``page_budget``: see `Optimizer8bit`.
 
@@ -126,6 +127,8 @@ class _SizedLAMB(_LAMB):
         max_unorm: float = 1.0,
         **options: Unpack[Options],
     ) -> None:
+        if self._width == 8:
+            _differences.refuse_trust_of_8_bits(max_unorm)
         super().__init__(
             params,
             lr,

@@ -1,4 +1,4 @@
-"""LARS, with a state of 32 or 8 bits, and the reference of bitsandbytes."""
+"""LARS, with a state of 32 or 8 bits, and in plain torch operations."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class LARS(_LARS):
     min_8bit_size : int
         Parameters of fewer elements have 32-bit states.
     max_unorm : float
-        The trust coefficient, eta in the paper.
+        The trust coefficient, eta in the paper. 0: no ratio, as in `SGD`.
     **options
         ``stochastic_rounding``, ``seed``, ``max_grad_norm``, ``skip_nonfinite``, ``page_budget``: see `Optimizer8bit`.
 
@@ -146,10 +146,10 @@ class LARS32bit(_SizedLARS):
 
 
 class PytorchLARS(torch.optim.Optimizer, metaclass=Named):
-    """LARS in operations of torch, as in bitsandbytes: a clip of the update rather than the ratio of the paper.
+    """The rule of `LARS` in plain torch operations, one tensor at a time, for comparisons.
 
-    The momentum buffer b is built as in `SGD`; where its norm (for `nesterov`, that of the update) is larger than
-    ``max_unorm * |p|``, the update is scaled down to that. Runs wherever torch does; one wait for the device a tensor.
+    Runs wherever torch does, and waits for nothing. The class of this name in bitsandbytes clips the update instead of
+    scaling the gradient, as the classes called LARS there do.
 
     Parameters
     ----------
@@ -158,9 +158,9 @@ class PytorchLARS(torch.optim.Optimizer, metaclass=Named):
     lr : float
         Learning rate.
     momentum, dampening, weight_decay, nesterov : float, float, float, bool
-        As in `SGD`.
+        As in `LARS`.
     max_unorm : float
-        Largest norm of an update relative to that of its tensor; 0 for any.
+        The trust coefficient; 0: no ratio.
 
     Raises
     ------
@@ -186,8 +186,9 @@ class PytorchLARS(torch.optim.Optimizer, metaclass=Named):
         nesterov: bool = False,
         max_unorm: float = 0.02,
     ) -> None:
-        for name, value in (("lr", lr), ("momentum", momentum), ("weight_decay", weight_decay)):
-            if value < 0:
+        values = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "max_unorm": max_unorm}
+        for name, value in values.items():
+            if not value >= 0:
                 raise ValueError(f"{name}: expected at least 0, got {value!r}")
         if nesterov and (momentum <= 0 or dampening != 0):
             raise ValueError(
@@ -212,7 +213,13 @@ class PytorchLARS(torch.optim.Optimizer, metaclass=Named):
 
     def _update(self, p: torch.Tensor, group: dict[str, Any]) -> None:
         assert p.grad is not None
-        update = p.grad.add(p, alpha=group["weight_decay"])
+        decay = group["weight_decay"]
+        update = p.grad.add(p, alpha=decay)
+        if group["max_unorm"] > 0:
+            norms = [torch.linalg.vector_norm(t, dtype=torch.float32) for t in (p, p.grad)]
+            ratio = group["max_unorm"] * norms[0] / (norms[1] + decay * norms[0])
+            ratio = torch.where((norms[0] > 0) & (norms[1] > 0), ratio, torch.ones_like(ratio))
+            update.mul_(ratio.to(update.dtype))
         momentum = group["momentum"]
         if momentum:
             buffer = self.state[p].get("momentum_buffer")
@@ -221,9 +228,4 @@ class PytorchLARS(torch.optim.Optimizer, metaclass=Named):
             else:
                 buffer.mul_(momentum).add_(update, alpha=1 - group["dampening"])
             update = update.add(buffer, alpha=momentum) if group["nesterov"] else buffer
-        scale = 1.0
-        if group["max_unorm"] > 0:
-            limit, norm = group["max_unorm"] * float(p.norm()), float(update.norm())
-            if norm > limit:
-                scale = limit / norm
-        p.add_(update, alpha=-group["lr"] * scale)
+        p.add_(update, alpha=-group["lr"])

@@ -116,7 +116,7 @@ class PortableBundle:
 
     def _update(self, entry: Entry, c: Moment, scale: float | None) -> None:
         p, g, planes = dense(entry.p.detach()), self._gradient(entry), entry.planes
-        ratio = self._ratio(c, p.view(-1), g, planes, scale) if self.family.trust else 1.0
+        ratio = self._ratio(c, p.view(-1), g, planes, scale) if self.family.trust and c.group["trust"] else 1.0
         flat, stochastic = p.view(-1), self.stochastic and p.dtype == torch.bfloat16
         for first, last in _pieces(flat.numel()):
             wide, states = RULES[self.name](c, *_read(flat, g, planes, scale, first, last), ratio)
