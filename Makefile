@@ -27,7 +27,7 @@ START := $(or $(START),$(shell date +%s))
 export START
 say = @printf '\n== %s (%ss)\n' "$(1)" "$$(($$(date +%s) - START))"
 
-.PHONY: help setup demo test test-portable test-hf test-rust format lint types sdist wheel kernels-check bench all clean
+.PHONY: help setup demo test test-portable test-hf examples test-rust format lint types sdist wheel kernels-check bench all clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -112,6 +112,12 @@ $(HF_SETS:%=test-%): test-%: $(VENV)-%/.installed
 	$(call say,tests with $*)
 	cd tests && $(CURDIR)/$(VENV)-$*/bin/python -m pytest $(HF_TESTS) $(PYTEST_ARGS)
 
+EXAMPLES := load_large_model qlora optimizer_8bit
+
+examples: $(VENV)-hf5/.installed ## run the three workflows of examples/ on a tiny model
+	$(call say,examples)
+	for name in $(EXAMPLES); do $(VENV)-hf5/bin/python examples/$$name.py --tiny; done
+
 # ---- checks --------------------------------------------------------------------------------------------------------
 
 format: $(VENV)/.tools ## format everything
@@ -161,6 +167,7 @@ all: ## everything that CI runs
 	$(MAKE) --no-print-directory test
 	$(MAKE) --no-print-directory test-portable
 	$(MAKE) --no-print-directory test-hf
+	$(MAKE) --no-print-directory examples
 
 clean: ## remove what make built, the environment included
 	rm -rf $(VENV) $(HF_SETS:%=$(VENV)-%) $(DIST) target
