@@ -73,6 +73,7 @@ def main() -> None:
     arguments.add_argument("--out", type=Path, help="keep the adapters of the 4-bit model in this directory")
     args = arguments.parse_args()
     table = Measurements(args.device, "LoRA of rank 16 on every linear layer")
+    learned = []
     with model_directory(args) as path:
         for label, quantization in (("16-bit", None), ("NF4 double quant", NF4)):
             table.begin()
@@ -82,10 +83,11 @@ def main() -> None:
             assert type(optimizer) is fewbits.optim.AdamW
             states = [value for state in optimizer.state.values() for value in state.values()]
             table.end(label, [*model_tensors(trainer.model), *states], f"loss {losses[0]:.3f} -> {losses[-1]:.3f}")
-            assert losses[-1] < losses[0], losses
+            learned.append(losses[-1] < losses[0])
         if args.out is not None:
             trainer.model.save_pretrained(args.out)
     table.show("parameters, gradients and optimizer states")
+    assert all(learned)
     assert table.rows[1][1] < table.rows[0][1]
 
 

@@ -72,11 +72,10 @@ def model_directory(args: argparse.Namespace) -> Iterator[Path]:
         yield Path(folder)
 
 
-def load(path: Path, device: str, quantization: Any = None) -> Any:
+def load(path: Path, device: str, quantization: Any = None, **kwargs: Any) -> Any:
     """Load a model in bfloat16, its linear layers quantized if a ``BitsAndBytesConfig`` is given."""
-    return transformers.AutoModelForCausalLM.from_pretrained(
-        path, dtype=torch.bfloat16, device_map={"": device}, quantization_config=quantization
-    )
+    kwargs = {"device_map": {"": device}, "quantization_config": quantization, **kwargs}
+    return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, **kwargs)
 
 
 def text_rows(path: Path, vocabulary: int, length: int, count: int) -> list[torch.Tensor]:
