@@ -53,8 +53,9 @@ def count(outcomes: Outcomes, test: str, device: str, dtype: str | None = None) 
 def main() -> None:
     """Print a report as the record that is kept in the repository."""
     path, where = sys.argv[1:]
-    record = {"where": where, "outcomes": read_report(Path(path))}
-    print(json.dumps(record, indent=0, sort_keys=True))
+    # A line a test: changes can be read.
+    lines = (f"  {json.dumps(test)}: {json.dumps(counts)}" for test, counts in sorted(read_report(Path(path)).items()))
+    print(f'{{"where": {json.dumps(where)}, "outcomes": {{\n' + ",\n".join(lines) + "\n}}")
 
 
 if __name__ == "__main__":

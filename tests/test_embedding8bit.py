@@ -1,4 +1,4 @@
-"""`Embedding8bit` and `OutlierAwareLinear`, and the examples of all int8 modules."""
+"""`Embedding8bit` and `OutlierAwareLinear`."""
 
 from __future__ import annotations
 
