@@ -84,8 +84,9 @@ def main() -> None:
             states = [value for state in optimizer.state.values() for value in state.values()]
             table.end(label, [*model_tensors(trainer.model), *states], f"loss {losses[0]:.3f} -> {losses[-1]:.3f}")
             learned.append(losses[-1] < losses[0])
-        if args.out is not None:
-            trainer.model.save_pretrained(args.out)
+            if quantization is not None and args.out is not None:
+                trainer.model.save_pretrained(args.out)
+            del trainer, optimizer, states
     table.show("parameters, gradients and optimizer states")
     assert all(learned)
     assert table.rows[1][1] < table.rows[0][1]

@@ -101,6 +101,10 @@ def model_tensors(model: torch.nn.Module) -> list[Any]:
     return [*model.state_dict().values(), *(p.grad for p in model.parameters())]
 
 
+# What may be on the GPU before a run: workspaces of cuBLAS.
+LEFT_OVER = 150_000_000
+
+
 class Measurements:
     """A table of what each run needed."""
 
@@ -115,6 +119,8 @@ class Measurements:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.device)
+            left = torch.cuda.memory_allocated(self.device)
+            assert left < LEFT_OVER, f"{left} bytes of the run before are still there"
 
     def end(self, label: str, tensors: Iterable[Any], detail: str = "") -> None:
         """Note the peak of the GPU since ``begin``; on another device, which counts none, the bytes of ``tensors``."""
