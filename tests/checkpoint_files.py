@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -98,3 +99,39 @@ def load_directory(path: Path) -> dict[str, torch.Tensor]:
 def leftovers(folder: Path) -> list[str]:
     """Everything in a folder, hidden names included."""
     return sorted(p.name for p in folder.iterdir())
+
+
+def write_llama_8b(path: Path) -> Path:
+    """Write the configuration and the headers of a model of the shapes of Llama 3.1 8B: a file full of holes."""
+    path.mkdir(parents=True)
+    hidden, inner, keys, layers, vocabulary = 4096, 14336, 1024, 32, 128256
+    config = CONFIG | {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": vocabulary,
+    }
+    shapes = {"model.embed_tokens.weight": (vocabulary, hidden), "lm_head.weight": (vocabulary, hidden)}
+    shapes["model.norm.weight"] = (hidden,)
+    for i in range(layers):
+        prefix = f"model.layers.{i}."
+        shapes |= {f"{prefix}{name}_layernorm.weight": (hidden,) for name in ("input", "post_attention")}
+        for name, rows in (("q", hidden), ("k", keys), ("v", keys), ("o", hidden)):
+            shapes[f"{prefix}self_attn.{name}_proj.weight"] = (rows, hidden)
+        for name, shape in (("gate", (inner, hidden)), ("up", (inner, hidden)), ("down", (hidden, inner))):
+            shapes[f"{prefix}mlp.{name}_proj.weight"] = shape
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in shapes.items():
+        begin, end = end, end + math.prod(shape) * 2
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    with (path / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+    (path / "config.json").write_text(json.dumps(config))
+    return path

@@ -8,6 +8,9 @@ Tests marked ``cuda`` are skipped where torch sees no GPU, and tests marked ``sl
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+import venv
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +50,11 @@ NATIVE_TESTS = {
 }
 
 
+def pytest_make_parametrize_id(val: object) -> str | None:
+    """Name dtypes in ids as what they are: ``compatibility.py`` counts by them."""
+    return str(val).removeprefix("torch.") if isinstance(val, torch.dtype) else None
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     name = item.name.partition("[")[0]
     if os.environ.get("FEWBITS_BACKEND") and (item.path.stem in NATIVE_FILES or name in NATIVE_TESTS):
@@ -73,3 +81,15 @@ def cuda() -> torch.device:
 def source(tmp_path: Path) -> Path:
     """A small checkpoint."""
     return write_checkpoint(tmp_path / "src")
+
+
+@pytest.fixture
+def python(tmp_path: Path) -> Path:
+    """An interpreter with its own site-packages, which sees what this one sees after them."""
+    venv.create(tmp_path / "env", with_pip=False, symlinks=os.name != "nt")
+    folder = "Scripts" if os.name == "nt" else "bin"
+    interpreter = tmp_path / "env" / folder / Path(sys.executable).name
+    command = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    own = subprocess.run([interpreter, "-c", command], capture_output=True, text=True, check=True).stdout.strip()
+    Path(own, "host.pth").write_text(f"import sys; sys.path += {[p for p in sys.path if p]!r}\n")
+    return interpreter

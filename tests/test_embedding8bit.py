@@ -1,10 +1,8 @@
-"""`Embedding8bit` and `OutlierAwareLinear`, and the examples of all int8 modules."""
+"""`Embedding8bit` and `OutlierAwareLinear`."""
 
 from __future__ import annotations
 
 import copy
-import doctest
-import importlib
 
 import pytest
 import torch
@@ -14,15 +12,6 @@ import fewbits.functional as F
 from arrays import DTYPES
 from fewbits.nn import Embedding8bit, OutlierAwareLinear
 from linear8bit_layers import K, N, activations, randn
-
-EXAMPLES = [
-    "_int8_functional",
-    "_int8_matmul",
-    "nn.embedding8bit",
-    "nn.int8_params",
-    "nn.linear8bit",
-    "nn.outlier_aware",
-]
 
 
 @torch.no_grad()
@@ -61,13 +50,6 @@ class Kept(OutlierAwareLinear):
 
     def forward_with_outliers(self, x: torch.Tensor, outlier_idx: torch.Tensor) -> torch.Tensor:
         return nn.functional.linear(x, self.weight, self.bias)
-
-
-@pytest.mark.parametrize("module", EXAMPLES)
-def test_examples(module: str) -> None:
-    result = doctest.testmod(importlib.import_module(f"fewbits.{module}"), extraglobs={"torch": torch})
-    assert result.attempted
-    assert not result.failed
 
 
 def test_outlier_aware_linear(device: torch.device) -> None:

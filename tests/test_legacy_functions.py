@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import doctest
-import importlib
 import pickle
 from collections.abc import Callable
 from functools import partial
@@ -19,16 +17,6 @@ from fewbits import functional as F
 from fewbits._autograd_functions import GlobalOutlierPooler, MatMul4Bit, MatMul8bitFp, MatMul8bitLt
 from fewbits._cuda_specs import CUDASpecs, get_cuda_specs, get_cuda_version_string
 from fewbits.nn import repair
-
-
-@pytest.mark.parametrize(
-    "module", ["_optim_functional", "_pointers", "_outliers", "utils", "nn.stable_embedding", "nn.parametrize"]
-)
-def test_examples(module: str) -> None:
-    result = doctest.testmod(importlib.import_module(f"fewbits.{module}"), extraglobs={"torch": torch})
-    assert result.attempted > 0
-    assert result.failed == 0
-
 
 # ---- int8 products ---------------------------------------------------------------------------------------------------
 

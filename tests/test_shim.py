@@ -7,7 +7,6 @@ import hashlib
 import os
 import subprocess
 import sys
-import venv
 import zipfile
 from pathlib import Path
 
@@ -16,18 +15,6 @@ import pytest
 import fewbits
 from fewbits import cli, shim
 from fewbits.compat import VERSION
-
-
-@pytest.fixture
-def python(tmp_path: Path) -> Path:
-    """An interpreter with its own site-packages, which sees what this one sees after them."""
-    venv.create(tmp_path / "env", with_pip=False, symlinks=os.name != "nt")
-    folder = "Scripts" if os.name == "nt" else "bin"
-    interpreter = tmp_path / "env" / folder / Path(sys.executable).name
-    command = "import sysconfig; print(sysconfig.get_path('purelib'))"
-    own = subprocess.run([interpreter, "-c", command], capture_output=True, text=True, check=True).stdout.strip()
-    Path(own, "host.pth").write_text(f"import sys; sys.path += {[p for p in sys.path if p]!r}\n")
-    return interpreter
 
 
 def run(python: Path, *arguments: str, code: int = 0) -> str:

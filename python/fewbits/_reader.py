@@ -200,7 +200,7 @@ def iter_dequantized(
 
     Examples
     --------
-    >>> state = dict(iter_dequantized("model-nf4"))  # doctest: +SKIP
+    >>> state = dict(iter_dequantized("model-nf4"))
     """
     checkpoint = Checkpoint(path)
     checkpoint.refuse_orphans()

@@ -256,7 +256,7 @@ def quantize_checkpoint(
 
     Examples
     --------
-    >>> report = quantize_checkpoint("model", "model-nf4", double_quant=True)  # doctest: +SKIP
+    >>> report = quantize_checkpoint("model", "model-nf4", double_quant=True)
     """
     began = time.monotonic()
     _check_options(quant_format, double_quant, blocksize, device, max_shard_bytes)

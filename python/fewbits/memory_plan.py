@@ -186,7 +186,7 @@ def plan_memory(source: str | Path, *, context: int = 2048, batch: int = 1, lora
 
     Examples
     --------
-    >>> plan = plan_memory("model")  # doctest: +SKIP
+    >>> plan = plan_memory("model")
     """
     for name, number in (("context", context), ("batch", batch), ("lora_rank", lora_rank)):
         if number < 1:
