@@ -58,6 +58,10 @@ class Optimizer8bit(Stepping, metaclass=Named):
 
     Gradient scalers hand over their scale, which is taken out on the way.
 
+    Distributed parameters (`torch.distributed.tensor.DTensor`, as ``fully_shard`` makes them) are stepped shard by
+    shard: states are those of the shard, ``min_8bit_size`` counts the elements of the whole parameter, and norms (trust
+    ratios, `max_grad_norm`, `skip_nonfinite`) are those of whole tensors.
+
     Subclasses may override `init_state`, `update_step` and `get_config`; with their own `update_step`, parameters are
     stepped one at a time.
     """
