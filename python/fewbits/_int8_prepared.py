@@ -69,7 +69,8 @@ class _Held:
         return self.codes, self.scales, None  # no activations
 
     def current(self) -> Prepared8 | None:
-        return self.prepared if self.prepared.describes(self.codes, self.scales) else None
+        # Memory that is gathered again for the backward pass may lie elsewhere.
+        return self.prepared if self.prepared.describes(self.codes, self.scales) else prepare(self.codes, self.scales)
 
     def grad(self, grad_output: torch.Tensor) -> torch.Tensor:
         return dense(grad_output, Weight(self.codes.data, self.scales), transposed=True)

@@ -139,7 +139,8 @@ class _Held:
         return self.codes, self.prepared.absmax, code, absmax, offset
 
     def current(self) -> Prepared | None:
-        return self.prepared if self.prepared.describes(self.codes, self.state) else None
+        # Memory that is gathered again for the backward pass may lie elsewhere.
+        return self.prepared if self.prepared.describes(self.codes, self.state) else prepare(self.codes, self.state)
 
     def grad(self, grad_output: torch.Tensor) -> torch.Tensor:
         return product(grad_output, None, True, weight_parts(self.codes.data, self.state))

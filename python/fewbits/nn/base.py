@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import nn
 
+from fewbits.nn.shard import Shard, gathered, shard_of, shared
+
 if TYPE_CHECKING:
     from typing_extensions import Self
 
@@ -38,6 +40,8 @@ class QuantizedModule(nn.Module):
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         """Apply `fn` to weight and bias. nn.Module's own way would lose the class of the weight on a move to meta."""
         weight, cls = self._parameters["weight"], self._parameter_class
+        if shard_of(weight) is not None:
+            return self._apply_around(fn, recurse, weight)
         if not isinstance(weight, cls):
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
             moved = self._parameters["weight"]
@@ -60,6 +64,21 @@ class QuantizedModule(nn.Module):
             self._parameters["weight"].grad = grad  # type: ignore[union-attr]
         self._adopt(applied)
         return self
+
+    def _apply_around(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool, weight: Any) -> Self:
+        """Apply `fn` to everything but a sharded weight, which goes where `fn` sends things, and is never cast."""
+        self._parameters["weight"] = None
+        try:
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        finally:
+            self._parameters["weight"] = weight
+        device = fn(torch.empty(0, dtype=torch.uint8, device=weight.device)).device
+        if device != weight.device and device.type != "meta":
+            self._parameters["weight"] = nn.Parameter(weight.detach().to(device), requires_grad=False)
+        return self
+
+    def _forget_scales(self) -> None:
+        """Let go of scales of which every rank has kept its own."""
 
     def _replace_weight(self, weight: Any, keep_identity: bool) -> None:
         if keep_identity:
@@ -94,6 +113,19 @@ class QuantizedModule(nn.Module):
         weight, name = self._parameters["weight"], f"{prefix}weight"
         load = super()._load_from_state_dict
         stats = self._statistics(state_dict, prefix)
+        if shard_of(weight) is not None and (name in state_dict or stats):
+            rest = {key: value for key, value in state_dict.items() if key not in stats}
+            try:
+                self._fill_shard(weight, rest.pop(name, None), stats)
+            except (TypeError, ValueError) as error:
+                error_msgs.append(f"While loading {name}: {error}")
+                return
+            self._parameters["weight"] = None
+            try:
+                load(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+            finally:
+                self._parameters["weight"] = weight
+            return
         if not isinstance(weight, self._parameter_class) or (name not in state_dict and not stats):
             load(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
             return
@@ -128,6 +160,25 @@ class QuantizedModule(nn.Module):
                 f"weight: expected shape {tuple(shape)}, or {self._with_state}, got shape {tuple(entry.shape)} alone"
             )
         return self._read_values(weight, entry, self._load_device(weight, entry, assign), assign)
+
+    def _fill_shard(self, weight: Any, entry: Any, stats: Mapping[str, Any]) -> None:
+        """Put this rank's part of the weight that a state dict holds into a shard."""
+        shard = shard_of(weight)
+        assert shard is not None
+        if hasattr(entry, "device_mesh"):
+            stats = shared(weight, stats)
+        stats = {key: gathered(value) if isinstance(value, torch.Tensor) else value for key, value in stats.items()}
+        if isinstance(entry, torch.Tensor):
+            entry = gathered(entry.detach()).to(shard.device)
+        self._take_whole(weight, self._read(self._blank(shard), entry, stats, False))
+
+    def _blank(self, shard: Shard) -> Any:
+        """Return a parameter like the whole of a shard, to be loaded into."""
+        raise NotImplementedError
+
+    def _take_whole(self, weight: Any, loaded: Any) -> None:
+        """Put this rank's part of a whole quantized parameter into a sharded one."""
+        raise NotImplementedError
 
     @staticmethod
     def _load_device(weight: Any, entry: torch.Tensor, assign: bool) -> torch.device:

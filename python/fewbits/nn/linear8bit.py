@@ -12,6 +12,7 @@ from fewbits import _int8_prepared
 from fewbits._checks_int8 import check_threshold
 from fewbits._int8_matmul import MatmulLtState, multiply, quantize_weight
 from fewbits._int8_product import Weight
+from fewbits.nn.gathered import Gathered8bit
 from fewbits.nn.int8_params import Int8Params, Scales
 from fewbits.nn.module8bit import Module8bit
 
@@ -116,7 +117,15 @@ class Linear8bitLt(Module8bit, nn.Linear):
         weight: Any = self._parameters.get("weight")
         if not tracing:
             state.is_training = self.training
-            if type(weight) is Int8Params and (prepared := weight.prepared) is not None and weight.SCB is None:
+            if type(weight) is Gathered8bit and (prepared := weight.prepared) is not None:
+                if self._SCB is not None or state.SCB is not None:
+                    self._forget_scales()
+                done = _int8_prepared.multiply(
+                    prepared, weight, weight.SCB, x, state.threshold, self._parameters["bias"]
+                )
+                if done is not None:
+                    return done
+            elif type(weight) is Int8Params and (prepared := weight.prepared) is not None and weight.SCB is None:
                 done = _int8_prepared.multiply(
                     prepared, weight, state.SCB, x, state.threshold, self._parameters["bias"]
                 )
@@ -142,6 +151,11 @@ class Linear8bitLt(Module8bit, nn.Linear):
 
     def _find_weight(self, weight: torch.Tensor, tracing: bool) -> Weight:
         """Return codes and scales; scales that have come with a new weight are taken over into the state."""
+        if type(weight) is Gathered8bit:
+            assert weight.SCB is not None
+            if not tracing:
+                self._forget_scales()
+            return Weight(weight if tracing else weight.data, weight.SCB)
         state, fresh = self.state, getattr(weight, "SCB", None) is not None
         SCB = self._scales()
         if SCB is None:
@@ -174,6 +188,9 @@ class Linear8bitLt(Module8bit, nn.Linear):
             self.weight = values.to(weight.device)
 
     # ---- what moves, copies, saves and loads ask for -----------------------------------------------------------------
+
+    def _forget_scales(self) -> None:
+        self.state.CB = self.state.SCB = self._SCB = None
 
     def _scales(self) -> torch.Tensor | None:
         weight = self.weight

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 
 from fewbits.nn.base import QuantizedModule
+from fewbits.nn.gathered import Gathered4bit
 from fewbits.nn.params import Params4bit, as_packed, keywords, to_storage
+from fewbits.nn.shard import Shard, distributed, fill, shard_of
 from fewbits.quant_state import QuantState
 
 
@@ -43,9 +45,16 @@ class Module4bit(QuantizedModule):
     def _find_state(self, tracing: bool) -> QuantState:
         weight = self.weight
         state: QuantState | None = getattr(weight, "quant_state", None)
+        if type(weight) is Gathered4bit and state is not None:  # its maxima go when its codes go
+            return state
         if state is None:
             # FSDP and others put plain tensors in the place of parameters; the module remembers what they are.
             state = self.quant_state
+            if state is None and shard_of(weight) is not None:
+                raise RuntimeError(
+                    f"{type(self).__name__}: expected a whole weight, got a shard; call the module that fully_shard "
+                    "was given, whose forward gathers its weights"
+                )
             if state is None:
                 raise RuntimeError(
                     f"{type(self).__name__}: expected a quantized weight, got a floating-point one; "
@@ -60,6 +69,9 @@ class Module4bit(QuantizedModule):
         return state
 
     # ---- what moves and loads ask for ------------------------------------------------------------------------------
+
+    def _forget_scales(self) -> None:
+        self.quant_state = None
 
     def _adopt(self, weight: Params4bit) -> None:
         if weight.bnb_quantized:
@@ -78,7 +90,20 @@ class Module4bit(QuantizedModule):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        state: QuantState | None = getattr(self.weight, "quant_state", None)
+        weight: Any = self.weight
+        if (shard := shard_of(weight)) is not None:
+            recipe: Any = shard.recipe
+            codes, absmax = distributed(weight)
+            # Distributed checkpoints find "weight.absmax" by walking attributes.
+            weight.quant_state = recipe.with_maxima(absmax, shard.device)
+            for key, value in weight.quant_state.as_dict(packed=True).items():
+                destination[f"{prefix}weight.{key}"] = value
+                if not key.startswith("quant_state"):
+                    setattr(weight, key, value)
+            if not keep_vars:
+                destination[f"{prefix}weight"] = codes
+            return
+        state: QuantState | None = getattr(weight, "quant_state", None)
         if state is not None:
             for key, value in state.as_dict(packed=True).items():
                 destination[f"{prefix}weight.{key}"] = value if keep_vars else value.detach()
@@ -99,6 +124,22 @@ class Module4bit(QuantizedModule):
         requires_grad = weight.requires_grad and packed.is_floating_point()
         kwargs = keywords(state, packed.dtype)
         return Params4bit(packed, requires_grad, **kwargs, module=self, bnb_quantized=True)
+
+    def _blank(self, shard: Shard) -> Params4bit:
+        recipe: Any = shard.recipe
+        blank = torch.empty(0, dtype=recipe.dtype, device=shard.device)
+        return Params4bit(blank, False, **recipe.keywords, bnb_quantized=True)
+
+    def _take_whole(self, weight: Any, loaded: Params4bit) -> None:
+        shard, state = shard_of(weight), loaded.quant_state
+        assert shard is not None
+        assert state is not None
+        recipe: Any = shard.recipe
+        for what in ("blocksize", "nested", "quant_type", "shape"):
+            mine, given = getattr(recipe.state, what), getattr(state, what)
+            if mine != given:
+                raise ValueError(f"{what}: expected {mine} for a weight that is sharded already, got {given}")
+        fill(weight, to_storage(loaded.data, state, recipe.dtype), state.absmax).take(state)
 
     def _read_values(self, weight: Params4bit, entry: torch.Tensor, device: torch.device, assign: bool) -> Params4bit:
         attributes = {**weight.__dict__, "quant_state": None, "bnb_quantized": False, "module": None}
