@@ -21,6 +21,8 @@ _IDENTITIES = {torch.as_strided, torch.Tensor.as_strided, torch.Tensor.detach}
 class Gathered4bit(Params4bit):
     """All codes of a sharded `Params4bit`, with all of their scales, while a layer works."""
 
+    gathered = True
+
     @classmethod
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -32,6 +34,8 @@ class Gathered4bit(Params4bit):
 
 class Gathered8bit(Int8Params):
     """All codes of a sharded `Int8Params`, with all of their scales, while a layer works."""
+
+    gathered = True
 
     @classmethod
     def __torch_function__(
