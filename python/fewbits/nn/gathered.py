@@ -72,6 +72,11 @@ class Recipe4bit(Recipe):
         state = self.with_maxima(scales, codes.device)
         return Gathered4bit(codes, False, **{**self.keywords, "quant_state": state}, bnb_quantized=True)
 
+    def scales_of(self, parameter: Any) -> torch.Tensor:
+        """Return the scales of a gathered parameter."""
+        absmax: torch.Tensor = parameter.quant_state.absmax
+        return absmax
+
     def refresh(self, parameter: Any) -> None:
         """Prepare a parameter whose memory has been gathered again."""
         state: QuantState = parameter.quant_state
@@ -88,6 +93,11 @@ class Recipe8bit(Recipe):
     def whole(self, codes: torch.Tensor, scales: torch.Tensor) -> Gathered8bit:
         """Return the parameter that lies in gathered memory."""
         return Gathered8bit(codes, False, SCB=scales)
+
+    def scales_of(self, parameter: Any) -> torch.Tensor:
+        """Return the scales of a gathered parameter."""
+        SCB: torch.Tensor = parameter.SCB
+        return SCB
 
     def refresh(self, parameter: Any) -> None:
         """Prepare a parameter whose memory has been gathered again."""

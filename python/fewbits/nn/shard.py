@@ -67,6 +67,10 @@ class Recipe:
         """Return the parameter that lies in gathered memory."""
         raise NotImplementedError
 
+    def scales_of(self, parameter: Any) -> torch.Tensor:
+        """Return the scales of a gathered parameter."""
+        raise NotImplementedError
+
     def refresh(self, parameter: Any) -> None:
         """Prepare a parameter whose memory has been gathered again."""
         raise NotImplementedError
@@ -137,15 +141,18 @@ class Shard(torch.Tensor):
         self, outputs: tuple[torch.Tensor, ...], metadata: Any, param_dtype: torch.dtype, *, out: Any = None
     ) -> Any:
         """Return the whole parameter in the memory that was gathered into. `param_dtype` is for values, not codes."""
+        recipe, alone = self.recipe, len(outputs) == 1  # a single rank gathers nothing but the first input
         if out is None:
-            codes, scales = outputs
-            count = self.recipe.size.numel()
-            codes = codes.view(-1).view(self.recipe.dtype)[:count].view(self.recipe.size)
-            out = self.recipe.whole(codes, scales.view(-1)[: self.recipe.total])
-            self.recipe.refresh(out)
-            return out, ()
-        self.recipe.refresh(out)
-        return None
+            codes = outputs[0].view(-1).view(recipe.dtype)[: recipe.size.numel()].view(recipe.size)
+            scales = torch.empty_like(recipe.scales, device=codes.device) if alone else outputs[1]
+            out = recipe.whole(codes, scales.view(-1)[: recipe.total])
+            result = out, ()
+        else:
+            result = None
+        if alone:
+            recipe.scales_of(out).data.copy_(recipe.scales, non_blocking=True)  # no write that autograd must know of
+        recipe.refresh(out)
+        return result
 
 
 def plain(tensor: torch.Tensor) -> torch.Tensor:
