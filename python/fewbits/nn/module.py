@@ -104,6 +104,8 @@ class Module4bit(QuantizedModule):
                 destination[f"{prefix}weight"] = codes
             return
         state: QuantState | None = getattr(weight, "quant_state", None)
+        if state is None and weight is not None and not isinstance(weight, Params4bit):
+            state = self.quant_state  # FSDP1 has put a plain tensor in the place of the parameter
         if state is not None:
             for key, value in state.as_dict(packed=True).items():
                 destination[f"{prefix}weight.{key}"] = value if keep_vars else value.detach()

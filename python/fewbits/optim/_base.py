@@ -11,6 +11,7 @@ import torch
 from fewbits._checks import DTYPES
 from fewbits.codebook import create_dynamic_map
 from fewbits.optim import _states
+from fewbits.optim._distributed import whole_numel
 from fewbits.optim._families import ALIASES, DEFAULTS, FAMILIES, check_8bit, check_values, parse_betas
 from fewbits.optim._naming import Named
 from fewbits.optim._options import ARGS, MockArgs, Params
@@ -224,7 +225,7 @@ class Optimizer8bit(Stepping, metaclass=Named):
         if config["skip_zeros"]:
             raise ValueError(f"skip_zeros: expected False, got {config['skip_zeros']!r}")
         mine, state = local(p), self.state[p]
-        if p.numel() < config["min_8bit_size"]:
+        if whole_numel(p) < config["min_8bit_size"]:
             bits = 32
         if "state1" in state:
             bits = _states.bits_of(state)

@@ -35,6 +35,11 @@ def packed(state: Mapping[Any, Any], params: Sequence[Any], family: str) -> dict
             if isinstance(step := given.get("step"), torch.Tensor):
                 counters.setdefault(step.device, []).append((key, step))
             continue
+        if type(key) is int and key < len(params) and _distributed.is_flattened(params[key]):
+            result[key] = _sharded_states.flattened(family, given)
+            if isinstance(step := given.get("step"), torch.Tensor):
+                counters.setdefault(step.device, []).append((key, step))
+            continue
         outer = {name: value for name, value in given.items() if name not in _states.QUANT_KEYS}
         inner = {name: given[name] for name in _states.QUANT_KEYS if name in given}
         if trust and inner:  # bitsandbytes keeps a norm there; it only has to exist
@@ -111,6 +116,8 @@ def _state(
         return {}
     whose = local(p)
     if not optimizer._steps_itself():
+        if _distributed.is_flattened(p):
+            flat = _sharded_states.unflattened(optimizer.optimizer_name, flat, _wanted_bits(optimizer, p))
         flat = _sharded_states.imported(where, optimizer.optimizer_name, p, flat)
         family = FAMILIES[optimizer.optimizer_name]
         needed = family.states({**optimizer.defaults, **group})
@@ -140,6 +147,12 @@ def _state(
         else:
             result[key] = deepcopy(value)
     return result
+
+
+def _wanted_bits(optimizer: Persistent, p: Any) -> int:
+    """Return the width of the states that a parameter gets."""
+    config = {**vars(optimizer.args), **optimizer.mng.pid2config.get(id(p), {})}
+    return 8 if config["optim_bits"] == 8 and _distributed.whole_numel(p) >= config["min_8bit_size"] else 32
 
 
 def _counter(where: str, step: Any, p: torch.Tensor) -> torch.Tensor:

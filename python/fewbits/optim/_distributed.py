@@ -23,6 +23,20 @@ def is_distributed(tensor: Any) -> bool:
     return hasattr(tensor, "_local_tensor")
 
 
+def is_flattened(p: Any) -> bool:
+    """Return whether a parameter is, or is a view of, the flat parameter of an FSDP1 module."""
+    return bool(getattr(p, "_fsdp_flattened", False))
+
+
+def whole_numel(p: Any) -> int:
+    """Return how many elements a parameter has on all ranks together.
+
+    A view that FSDP1 makes with ``use_orig_params=True`` does not know: that is its own number.
+    """
+    size = getattr(p, "_unpadded_unsharded_size", None)
+    return int(p.numel() if size is None else size.numel())
+
+
 def sharded_dims(p: Any) -> list[int]:
     """Return the dimensions of the mesh of a distributed tensor over which it is sharded."""
     return [i for i, placement in enumerate(p.placements) if hasattr(placement, "dim")]

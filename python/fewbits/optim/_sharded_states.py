@@ -9,6 +9,9 @@ In memory a state is a plain tensor, the shard's. In a state dict it is a `DTens
 The first form is exact for any number of ranks, because a shard of rows is whole blocks. The second is exact as long
 as blocks stay what they are: the lowest code, below which a block's maximum can lie, stands for the maximum itself, so
 that quantizing again gives the same bytes. With other shards, blocks are quantized anew.
+
+FSDP1 gathers what has the shape of its flat parameters, in one dtype: there all states are float32 values, under the
+names of 32-bit states, and those of parameters with 8-bit states are quantized again when they are loaded.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from fewbits.optim._paged_states import local
 
 VALUES = {"state1_values": "state1", "state2_values": "state2"}
 _PLANES = ("state1", "state2", "state3")
+_AVERAGES = ("state1_fast", "state1_slow")  # the two of AdEMAMix
 
 
 def exported(family: str, p: Any, state: Mapping[str, Any]) -> dict[str, Any]:
@@ -50,6 +54,35 @@ def exported(family: str, p: Any, state: Mapping[str, Any]) -> dict[str, Any]:
         else:
             result[f"{name}_values"] = _wrap(decode(name, plane, maxima, halves), p, p.shape, halves)
     return result
+
+
+def flattened(family: str, state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the state of a parameter that FSDP1 has flattened for a state dict."""
+    result = {key: value for key, value in state.items() if key not in _states.QUANT_KEYS}
+    for name in _PLANES:
+        if name not in state:
+            continue
+        plane, halves = state[name], _halves(family, name)
+        if plane.dtype == torch.uint8:
+            plane = decode(name, plane, state[_states.maxima_name(name)], halves)
+        if halves == 2:
+            result.update(zip(_AVERAGES, plane, strict=True))
+        else:
+            result[name] = plane
+    return result
+
+
+def unflattened(family: str, given: Mapping[str, Any], bits: int) -> dict[str, Any]:
+    """Return what `flattened` returned as states of so many bits."""
+    flat = dict(given)
+    if all(name in flat for name in _AVERAGES):
+        flat["state1"] = torch.stack([flat.pop(name) for name in _AVERAGES])
+    for name in _PLANES:
+        plane = flat.get(name)
+        if bits == 8 and isinstance(plane, torch.Tensor) and plane.is_floating_point():
+            flat[name], flat[_states.maxima_name(name)] = encode(name, plane.float(), _halves(family, name))
+            flat[_states.map_name(name)] = shared_table(_states.MAPS[_states.map_name(name)], plane.device)
+    return flat
 
 
 def imported(where: str, family: str, p: Any, given: Mapping[str, Any]) -> dict[str, Any]:
