@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from fewbits.nn.shard import Shard, gathered, shard_of, shared
+from fewbits.nn.split import Split, joined, part_of_bias
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -22,6 +23,9 @@ class QuantizedModule(nn.Module):
 
     _parameter_class: ClassVar[type[Any]]
     _with_state: ClassVar[str]  # what a quantized weight in a state dict is, and what it needs beside it
+
+    _split: Split | None = None  # which part of the weight this has, under tensor parallelism
+    _whole_bias: torch.Tensor | None = None  # where ranks add up their outputs, and the first one adds the bias
 
     def _weight_shape(self) -> torch.Size:
         """Return the shape of the weight, (N, K)."""
@@ -110,6 +114,8 @@ class QuantizedModule(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
+        if self._split is not None:
+            state_dict = self._cut_entries(dict(state_dict), prefix, self._split)
         weight, name = self._parameters["weight"], f"{prefix}weight"
         load = super()._load_from_state_dict
         stats = self._statistics(state_dict, prefix)
@@ -160,6 +166,21 @@ class QuantizedModule(nn.Module):
                 f"weight: expected shape {tuple(shape)}, or {self._with_state}, got shape {tuple(entry.shape)} alone"
             )
         return self._read_values(weight, entry, self._load_device(weight, entry, assign), assign)
+
+    def _cut_entries(self, state_dict: dict[str, Any], prefix: str, split: Split) -> dict[str, Any]:
+        """Return a state dict of a whole module with this rank's part in its place."""
+        bias = state_dict.get(f"{prefix}bias")
+        if isinstance(bias, torch.Tensor) and bias.shape[0] == split.shape[0]:
+            whole = gathered(bias.detach())
+            state_dict[f"{prefix}bias"] = part_of_bias(whole, split)
+            self._whole_bias = whole.clone() if split.dim == 1 else None
+        return state_dict
+
+    def _join_bias(self, destination: dict[str, Any], prefix: str, split: Split) -> None:
+        """Put the bias of the whole module into a state dict."""
+        name = f"{prefix}bias"
+        if name in destination:
+            destination[name] = joined(split, destination[name], 0) if split.dim == 0 else self._whole_bias
 
     def _fill_shard(self, weight: Any, entry: Any, stats: Mapping[str, Any]) -> None:
         """Put this rank's part of the weight that a state dict holds into a shard."""

@@ -11,7 +11,8 @@ import torch
 from fewbits.nn.base import QuantizedModule
 from fewbits.nn.gathered import Gathered4bit
 from fewbits.nn.params import Params4bit, as_packed, keywords, to_storage
-from fewbits.nn.shard import Shard, distributed, fill, shard_of
+from fewbits.nn.shard import Shard, distributed, fill, gathered, shard_of
+from fewbits.nn.split import Split, joined, split_4bit
 from fewbits.quant_state import QuantState
 
 
@@ -50,6 +51,11 @@ class Module4bit(QuantizedModule):
         if state is None:
             # FSDP and others put plain tensors in the place of parameters; the module remembers what they are.
             state = self.quant_state
+            if hasattr(weight, "_local_tensor") and shard_of(weight) is None:
+                raise RuntimeError(
+                    f"{type(self).__name__}: expected a quantized weight, got a distributed tensor; for tensor "
+                    "parallelism use ColwiseParallel and RowwiseParallel of fewbits.distributed"
+                )
             if state is None and shard_of(weight) is not None:
                 raise RuntimeError(
                     f"{type(self).__name__}: expected a whole weight, got a shard; call the module that fully_shard "
@@ -106,9 +112,13 @@ class Module4bit(QuantizedModule):
         state: QuantState | None = getattr(weight, "quant_state", None)
         if state is None and weight is not None and not isinstance(weight, Params4bit):
             state = self.quant_state  # FSDP1 has put a plain tensor in the place of the parameter
-        if state is not None:
-            for key, value in state.as_dict(packed=True).items():
-                destination[f"{prefix}weight.{key}"] = value if keep_vars else value.detach()
+        if state is None:
+            return
+        if self._split is not None and not keep_vars:
+            state, destination[f"{prefix}weight"] = _whole(self._split, state, weight.data)
+            self._join_bias(destination, prefix, self._split)
+        for key, value in state.as_dict(packed=True).items():
+            destination[f"{prefix}weight.{key}"] = value if keep_vars else value.detach()
 
     def _statistics(self, state_dict: Mapping[str, Any], prefix: str) -> dict[str, Any]:
         return {key: value for key, value in state_dict.items() if key.startswith(f"{prefix}weight.")}
@@ -126,6 +136,27 @@ class Module4bit(QuantizedModule):
         requires_grad = weight.requires_grad and packed.is_floating_point()
         kwargs = keywords(state, packed.dtype)
         return Params4bit(packed, requires_grad, **kwargs, module=self, bnb_quantized=True)
+
+    def _cut_entries(self, state_dict: dict[str, Any], prefix: str, split: Split) -> dict[str, Any]:
+        state_dict, name = super()._cut_entries(state_dict, prefix, split), f"{prefix}weight"
+        entry, weight = state_dict.get(name), self.weight
+        stats = self._statistics(state_dict, prefix)
+        if isinstance(entry, torch.Tensor) and not stats and entry.shape == split.shape:
+            kwargs = {**weight.__dict__, "quant_state": None, "bnb_quantized": False, "module": None}
+            quantized = Params4bit(gathered(entry.detach()), **kwargs).to(weight.device)
+            packed, state = quantized.data, quantized.quant_state
+            assert state is not None
+        elif isinstance(entry, torch.Tensor) and stats:
+            stats = {key: gathered(value) if isinstance(value, torch.Tensor) else value for key, value in stats.items()}
+            state = QuantState.from_dict(stats, entry.device)
+            if state.shape != split.shape:
+                return state_dict
+            packed = as_packed("weight", gathered(entry.detach()), state)
+        else:
+            return state_dict
+        state_dict[name], part = split_4bit(packed, state, split.dim, split.rank, split.world)
+        rest = {key: value for key, value in state_dict.items() if key not in stats}
+        return {**rest, **{f"{name}.{key}": value for key, value in part.as_dict(packed=True).items()}}
 
     def _blank(self, shard: Shard) -> Params4bit:
         recipe: Any = shard.recipe
@@ -155,3 +186,19 @@ class Module4bit(QuantizedModule):
             loaded = Params4bit(values, **attributes).to(device)
         loaded.module = self
         return loaded
+
+
+def _whole(split: Split, state: QuantState, codes: torch.Tensor) -> tuple[QuantState, Any]:
+    """Return the state and the codes of all parts of a weight as distributed tensors, for state dicts."""
+    whole = copy.copy(state)
+    whole.shape = torch.Size(split.shape)
+    if split.dim == 0:
+        whole.absmax = joined(split, state.absmax, 0)
+        if state.state2 is not None:
+            whole.state2 = copy.copy(state.state2)
+            whole.state2.absmax = joined(split, state.state2.absmax, 0)
+        return whole, joined(split, codes, 0)
+    rows = split.shape[0]
+    grid = joined(split, state.absmax.view(rows, -1), 1)
+    whole.absmax = grid
+    return whole, joined(split, codes.view(rows, -1), 1)

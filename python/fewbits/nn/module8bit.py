@@ -9,7 +9,8 @@ import torch
 
 from fewbits.nn.base import QuantizedModule
 from fewbits.nn.int8_params import Int8Params
-from fewbits.nn.shard import Shard, distributed, fill, shard_of
+from fewbits.nn.shard import Shard, distributed, fill, gathered, shard_of
+from fewbits.nn.split import Split, joined, split_8bit
 
 # The only layout there is: codes row by row. Checkpoints name it by this number, or by its name.
 _ROW = 0
@@ -38,6 +39,10 @@ class Module8bit(QuantizedModule):
                 destination[f"{prefix}weight"] = codes
         else:
             SCB = self._scales()
+            if SCB is not None and self._split is not None and not keep_vars:
+                destination[f"{prefix}weight"] = joined(self._split, self.weight.data, self._split.dim)
+                SCB = joined(self._split, SCB, 0) if self._split.dim == 0 else SCB
+                self._join_bias(destination, prefix, self._split)
         if SCB is not None:
             destination[f"{prefix}SCB"] = SCB if keep_vars else SCB.detach()
             destination[f"{prefix}weight_format"] = torch.tensor(_ROW, dtype=torch.uint8)
@@ -84,6 +89,21 @@ class Module8bit(QuantizedModule):
         if not assign:
             codes, scales = codes.to(device, copy=True), scales.to(device, torch.float32, copy=True)
         return Int8Params(codes, requires_grad=False, CB=codes, SCB=scales.to(device, torch.float32))
+
+    def _cut_entries(self, state_dict: dict[str, Any], prefix: str, split: Split) -> dict[str, Any]:
+        state_dict, name = super()._cut_entries(state_dict, prefix, split), f"{prefix}weight"
+        entry, SCB = state_dict.get(name), state_dict.get(f"{prefix}SCB")
+        if not isinstance(entry, torch.Tensor) or entry.shape != split.shape:
+            return state_dict
+        codes = gathered(entry.detach())
+        if not isinstance(SCB, torch.Tensor):
+            if codes.dtype == torch.int8:
+                return state_dict
+            quantized = Int8Params(codes, requires_grad=False).to(self.weight.device)
+            codes, SCB = quantized.data, quantized.SCB
+        assert SCB is not None
+        codes, SCB = split_8bit(codes, gathered(SCB.detach()), split.dim, split.rank, split.world)
+        return {**state_dict, name: codes, f"{prefix}SCB": SCB}
 
     def _blank(self, shard: Shard) -> Int8Params:
         return Int8Params(torch.empty(0, dtype=torch.int8, device=shard.device), requires_grad=False)
