@@ -102,7 +102,7 @@ test-portable: setup ## run the tests of the API on plain torch operations, whic
 
 # Each set of versions in an environment of its own, which sees .venv's torch and wheel behind its own packages.
 HF_SETS := hf4 hf5
-HF_TESTS := test_hf_models.py test_hf_training.py test_hf_offload.py test_hf_late.py
+HF_TESTS := test_hf_models.py test_hf_training.py test_hf_offload.py test_hf_late.py test_hf_distributed.py
 
 $(VENV)-%/.installed: $(VENV)/.installed pyproject.toml
 	$(call say,environment $*)
@@ -155,7 +155,6 @@ bench: setup ## run the benches (DEVICE=cuda for the GPU) and render benches/res
 	$(PY) benches/bench_int8.py --device $(DEVICE) --vs bitsandbytes
 	$(PY) benches/bench_optim.py --device $(DEVICE) --vs bitsandbytes,torch
 	$(if $(filter cuda,$(DEVICE)),$(PY) benches/bench_llama.py)
-	$(if $(filter cuda,$(DEVICE)),$(BIN)/torchrun --nproc-per-node 2 benches/bench_distributed.py)
 	$(PY) benches/report.py
 
 all: ## everything that CI runs
