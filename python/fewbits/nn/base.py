@@ -123,23 +123,22 @@ class QuantizedModule(nn.Module):
             # Those of a frozen weight that was left out, as by `ignore_frozen_params` of distributed checkpoints.
             state_dict = {key: value for key, value in state_dict.items() if key not in stats}
             stats = {}
+        rest = {key: value for key, value in state_dict.items() if key not in stats}
         if shard_of(weight) is not None and (name in state_dict or stats):
-            rest = {key: value for key, value in state_dict.items() if key not in stats}
             try:
                 self._fill_shard(weight, rest.pop(name, None), stats)
             except (TypeError, ValueError) as error:
                 error_msgs.append(f"While loading {name}: {error}")
                 return
-            self._parameters["weight"] = None
-            try:
-                load(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
-            finally:
-                self._parameters["weight"] = weight
+            self._load_others(load, rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+            return
+        if _is_elsewhere(weight) and _is_elsewhere(rest.get(name)) and self._weight_shape().numel():
+            del rest[name]  # DeepSpeed's ZeRO-3 saves and loads what it has partitioned by itself
+            self._load_others(load, rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
             return
         if not isinstance(weight, self._parameter_class) or (name not in state_dict and not stats):
             load(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
             return
-        rest = {key: value for key, value in state_dict.items() if key not in stats}
         assign = bool(local_metadata.get("assign_to_params_buffers", False))
         try:
             loaded = self._read(weight, rest.pop(name, None), stats, assign)
@@ -151,13 +150,17 @@ class QuantizedModule(nn.Module):
             # There is nothing to copy into: a copy takes its place.
             rest[f"{prefix}bias"] = bias.detach().clone()
             local_metadata = {**local_metadata, "assign_to_params_buffers": True}
-        self._parameters["weight"] = None
-        try:
-            load(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
-        finally:
-            self._parameters["weight"] = weight
+        self._load_others(load, rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         self._replace_weight(loaded, keep_identity=not assign and not weight.is_meta)
         self._adopt(loaded)
+
+    def _load_others(self, load: Callable[..., None], *args: Any) -> None:
+        """Load everything but the weight."""
+        weight, self._parameters["weight"] = self._parameters["weight"], None
+        try:
+            load(*args)
+        finally:
+            self._parameters["weight"] = weight
 
     def _read(self, weight: Any, entry: torch.Tensor | None, stats: Mapping[str, Any], assign: bool) -> Any:
         if not isinstance(entry, torch.Tensor):
@@ -208,3 +211,8 @@ class QuantizedModule(nn.Module):
     @staticmethod
     def _load_device(weight: Any, entry: torch.Tensor, assign: bool) -> torch.device:
         return entry.device if assign or weight.is_meta else torch.device(weight.device)
+
+
+def _is_elsewhere(weight: Any) -> bool:
+    """Return whether an engine has left an empty tensor in the place of a weight."""
+    return isinstance(weight, torch.Tensor) and not weight.numel()
