@@ -9,9 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-
-pytest.importorskip("torch.distributed.tensor", reason="this torch has no distributed tensors")
-
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn

@@ -9,10 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-
-pytest.importorskip("torch.distributed.fsdp", reason="no distributed torch")
-pytest.importorskip("torch.distributed.tensor", reason="this torch has no distributed tensors")
-
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict

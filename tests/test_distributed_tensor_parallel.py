@@ -7,21 +7,23 @@ from typing import Any
 
 import pytest
 import torch
-
-pytest.importorskip("torch.distributed.tensor", reason="this torch has no distributed tensors")
-
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
-from torch.distributed.tensor import parallel as torch_parallel
-from torch.distributed.tensor.parallel import parallelize_module
 
-from fewbits.distributed import ColwiseParallel, RowwiseParallel, split_4bit
 from fewbits.functional import dequantize_4bit, quantize_4bit
 from fewbits.nn import Linear4bit, Linear8bitLt
 from ranks import Ranks
+
+try:
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+    from torch.distributed.tensor import parallel as torch_parallel
+    from torch.distributed.tensor.parallel import parallelize_module
+
+    from fewbits.distributed import ColwiseParallel, RowwiseParallel, split_4bit
+except ImportError:
+    pytest.skip("this torch has no distributed tensors", allow_module_level=True)
 
 
 class Block(nn.Module):
