@@ -22,6 +22,11 @@ _KEEPING = {
 }
 
 
+# FSDP2 of older torch makes a parameter that wants a gradient before it makes one that does not, which integers cannot
+# be: there, a shard of bytes goes by the name of another dtype of one byte. Nothing computes with it.
+_NAME = torch.float8_e4m3fn if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13) else None
+
+
 class Recipe:
     """What it takes to make the whole of all ranks' shards.
 
@@ -84,6 +89,8 @@ class Shard(torch.Tensor):
 
     @staticmethod
     def __new__(cls, codes: torch.Tensor, recipe: Recipe) -> Shard:  # noqa: D102
+        if _NAME is not None and not codes.is_floating_point():
+            codes = codes.view(_NAME)
         self: Shard = torch.Tensor._make_subclass(cls, codes)
         self.recipe = recipe
         return self
@@ -95,9 +102,11 @@ class Shard(torch.Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = {} if kwargs is None else kwargs
+        source = args[0] if args else None
+        if func is _keep.copy_.default:
+            return _fill(source, *args[1:], **kwargs)
         with torch._C._DisableTorchDispatch():
             result = func(*args, **kwargs)
-        source = args[0] if args else None
         if isinstance(source, Shard) and func in _KEEPING and result.dtype == source.dtype:
             recipe, scales = source.recipe, source.recipe.scales
             if func is _keep._pin_memory.default:
@@ -106,12 +115,7 @@ class Shard(torch.Tensor):
                 recipe = recipe.moved(scales.to(result.device, non_blocking=bool(kwargs.get("non_blocking"))))
             return Shard(result, recipe)
         if isinstance(source, Shard) and func is _keep.new_zeros.default and result.dim() == source.dim():
-            return Shard(result, source.recipe)  # torch before 2.7 pads with it
-        if func is _keep.copy_.default:
-            piece = args[1]
-            if isinstance(source, Shard) and (cut := getattr(piece, "_cut", None)) is not None:
-                source.recipe.cut(*cut)
-            return source
+            return Shard(result, source.recipe)  # older torch pads with it
         return result
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -156,11 +160,21 @@ class Shard(torch.Tensor):
 
 
 def plain(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the codes as a tensor of torch's own."""
+    """Return the codes as a tensor of torch's own, in their dtype."""
     if type(tensor) is not Shard:
         return tensor
     with torch._C._DisableTorchDispatch():
-        return tensor.as_subclass(torch.Tensor)
+        codes = tensor.as_subclass(torch.Tensor)
+    return codes if codes.dtype == tensor.recipe.dtype else codes.view(tensor.recipe.dtype)
+
+
+def _fill(target: Any, source: Any, non_blocking: bool = False) -> Any:
+    """Copy codes as they are, and keep the scales of the piece that they are."""
+    if isinstance(target, Shard) and (cut := getattr(source, "_cut", None)) is not None:
+        target.recipe.cut(*cut)
+    with torch._C._DisableTorchDispatch():
+        plain(target).copy_(plain(source), non_blocking=non_blocking)
+    return target
 
 
 def shard_of(weight: Any) -> Shard | None:
@@ -198,6 +212,16 @@ def distributed(weight: Any) -> tuple[Any, Any]:
 
 def gathered(tensor: Any) -> torch.Tensor:
     """Return all of a tensor, distributed or not. Every rank must call this."""
+    if shard_of(tensor) is not None:
+        tensor = distributed(tensor)[0]  # the codes in their own dtype
+    elif _NAME is not None and hasattr(tensor, "full_tensor") and tensor.dtype == _NAME:
+        tensor = type(tensor).from_local(
+            tensor.to_local().view(torch.uint8),
+            *(tensor.device_mesh, tensor.placements),
+            run_check=False,
+            shape=tensor.shape,
+            stride=tensor.stride(),
+        )
     whole: torch.Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
     return whole
 
