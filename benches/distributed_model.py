@@ -121,12 +121,14 @@ class Model(nn.Module):
         return F.cross_entropy(self.head(hidden).float(), wanted, reduction="sum")
 
 
-def packed_bytes(model: nn.Module) -> int:
-    """Bytes of all parameters and of the scales beside them."""
-    total = 0
+def packed_bytes(model: nn.Module) -> tuple[int, int]:
+    """Bytes of the weights in 4 bits with their scales, and of all parameters with those."""
+    packed = total = 0
     for module in model.modules():
-        total += sum(p.nbytes for p in module.parameters(recurse=False))
+        size = sum(p.nbytes for p in module.parameters(recurse=False))
         state = getattr(module, "quant_state", None)
         if state is not None:
-            total += state.absmax.nbytes + (state.state2.absmax.nbytes if state.nested else 0)
-    return total
+            size += state.absmax.nbytes + (state.state2.absmax.nbytes if state.nested else 0)
+            packed += size
+        total += size
+    return packed, total

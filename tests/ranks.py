@@ -76,7 +76,7 @@ class Ranks:
     def _start(self, world: int) -> None:
         if any(process.poll() is not None for process in self.processes):
             self.stop()
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1", "TORCH_NCCL_NVLS_ENABLE": "0"}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1"}
         for rank in range(len(self.processes), world):
             log = (self.folder / f"log-{rank}").open("w")
             command = [sys.executable, str(Path(__file__).with_name("rank_worker.py")), str(rank)]

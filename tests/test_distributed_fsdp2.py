@@ -7,6 +7,7 @@ import gc
 import weakref
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -95,6 +96,36 @@ def trains(device: torch.device) -> None:
 
 def test_training(ranks: Ranks) -> None:
     ranks(2, trains)
+
+
+def random_layers(device: torch.device, seed: int) -> None:
+    """Layers of random sizes and storages: sharded, multiplied by, exported."""
+    random = np.random.default_rng(seed)
+    for _ in range(12):
+        n, k = (int(size) for size in random.integers(1, 80, 2))
+        storage = [torch.uint8, torch.int8, torch.float16, torch.bfloat16, torch.float32][random.integers(5)]
+        options = {"compress_statistics": bool(random.integers(2)), "quant_storage": storage}
+        what = f"{n} x {k}, {options}"
+        torch.manual_seed(0)
+        if random.integers(4):
+            layer: nn.Module = Linear4bit(k, n, quant_type="nf4", compute_dtype=torch.float32, **options)
+        else:
+            layer = Linear8bitLt(k, n, has_fp16_weights=False)
+        layer = layer.to(device).requires_grad_(False)
+        whole, x = copy.deepcopy(layer), torch.randn(3, k, device=device)
+        dist.broadcast(x, 0)
+        fully_shard(layer)
+        same(layer(x), whole(x), what)
+        layer.reshard()
+        same(layer(x), whole(x), what)
+        for name, value in layer.state_dict().items():
+            given = value.full_tensor() if hasattr(value, "full_tensor") else value
+            same(given, whole.state_dict()[name], f"{what}, {name}")
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_random_layers(ranks: Ranks, world: int) -> None:
+    ranks(world, random_layers, world)
 
 
 def tables(device: torch.device) -> None:

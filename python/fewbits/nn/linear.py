@@ -48,7 +48,7 @@ class Linear4bit(Module4bit, nn.Linear):
     quant_type : str
         ``"fp4"`` or ``"nf4"``.
     quant_storage : torch.dtype
-        Dtype under which the packed bytes are held; FSDP needs that of the other parameters.
+        Dtype under which the packed bytes are held. FSDP1 needs that of the other parameters; FSDP2 takes any.
     device : torch.device, optional
         Where the weight is made. It is not quantized there before a ``.to``.
 
