@@ -48,19 +48,15 @@ class Module4bit(QuantizedModule):
         state: QuantState | None = getattr(weight, "quant_state", None)
         if type(weight) is Gathered4bit and state is not None:  # its maxima go when its codes go
             return state
+        if not tracing and hasattr(weight, "_local_tensor"):
+            raise RuntimeError(
+                f"{type(self).__name__}: expected a whole weight, got a distributed tensor; call the module that "
+                "fully_shard was given, or for tensor parallelism use ColwiseParallel and RowwiseParallel of "
+                "fewbits.distributed"
+            )
         if state is None:
             # FSDP and others put plain tensors in the place of parameters; the module remembers what they are.
             state = self.quant_state
-            if hasattr(weight, "_local_tensor") and shard_of(weight) is None:
-                raise RuntimeError(
-                    f"{type(self).__name__}: expected a quantized weight, got a distributed tensor; for tensor "
-                    "parallelism use ColwiseParallel and RowwiseParallel of fewbits.distributed"
-                )
-            if state is None and shard_of(weight) is not None:
-                raise RuntimeError(
-                    f"{type(self).__name__}: expected a whole weight, got a shard; call the module that fully_shard "
-                    "was given, whose forward gathers its weights"
-                )
             if state is None:
                 raise RuntimeError(
                     f"{type(self).__name__}: expected a quantized weight, got a floating-point one; "
