@@ -132,6 +132,11 @@ class Linear8bitLt(Module8bit, nn.Linear):
                 if done is not None:
                     return done
         weight = self.weight
+        if not tracing and not state.has_fp16_weights and hasattr(weight, "_local_tensor"):
+            raise RuntimeError(
+                "Linear8bitLt: expected a whole weight, got a distributed tensor; call the module that fully_shard was "
+                "given, or for tensor parallelism use ColwiseParallel and RowwiseParallel of fewbits.distributed"
+            )
         if not weight.is_floating_point():
             quantized = self._find_weight(weight, tracing)
             if not tracing and type(weight) is Int8Params and weight.prepared is None:
@@ -156,11 +161,6 @@ class Linear8bitLt(Module8bit, nn.Linear):
             if not tracing:
                 self._forget_scales()
             return Weight(weight if tracing else weight.data, weight.SCB)
-        if hasattr(weight, "_local_tensor"):
-            raise RuntimeError(
-                "Linear8bitLt: expected a whole weight, got a distributed tensor; call the module that fully_shard was "
-                "given, or for tensor parallelism use ColwiseParallel and RowwiseParallel of fewbits.distributed"
-            )
         state, fresh = self.state, getattr(weight, "SCB", None) is not None
         SCB = self._scales()
         if SCB is None:
