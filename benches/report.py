@@ -20,6 +20,7 @@ HEADINGS = {
     "memory": "memory",
     "us": "µs",
     "value": "ours",
+    "one_gpu": "one GPU",
     "bf16": "bf16",
     "bitsandbytes": "bitsandbytes",
     "floor_us": "floor µs",

@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import venv
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from checkpoint_files import write_checkpoint
+from ranks import Ranks
 
 _quiet = [HealthCheck.too_slow, HealthCheck.data_too_large]
 settings.register_profile("ci", max_examples=150, deadline=None, derandomize=True, suppress_health_check=_quiet)
@@ -75,6 +77,14 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 def cuda() -> torch.device:
     """For tests marked ``cuda``, which have no twin on the CPU."""
     return torch.device("cuda", torch.cuda.current_device())
+
+
+@pytest.fixture(scope="session", params=["cpu", pytest.param("cuda", marks=[pytest.mark.cuda, pytest.mark.multi_gpu])])
+def ranks(request: pytest.FixtureRequest) -> Iterator[Ranks]:
+    """Runs functions on several processes: gloo on the CPU, or NCCL with a GPU each."""
+    group = Ranks(request.param)
+    yield group
+    group.close()
 
 
 @pytest.fixture

@@ -83,6 +83,13 @@ def test_plan(source: Path, here: Callable[..., Result]) -> None:
     assert widest <= 80
 
 
+def test_plan_of_several_gpus(source: Path, here: Callable[..., Result]) -> None:
+    result = here("plan", source, "--gpus", "2", "--strategy", "fsdp")
+    assert result[0] == 0, result[2]
+    for words in ("2 GPUs, fsdp: inference and QLoRA are the memory of each GPU", "gathered weights, NF4", "/ 2 GPUs"):
+        assert words in result[1]
+
+
 def test_info(here: Callable[..., Result]) -> None:
     result = here("info", "--json")
     facts = json.loads(result[1])
@@ -145,6 +152,7 @@ def test_version_and_help(here: Callable[..., Result]) -> None:
 @pytest.mark.parametrize("arguments", [
     [], ["unknown"], ["quantize"], ["quantize", "a"], ["quantize", "a", "b", "--format", "nf5"],
     ["quantize", "a", "b", "--blocksize", "48"], ["plan", "a", "--vram", "-3"], ["plan", "a", "--vram", "nan"],
+    ["plan", "a", "--gpus", "0"], ["plan", "a", "--strategy", "pp"],
     ["plan", "a", "--context", "0"], ["plan", "a", "--batch", "two"], ["quantize", "a", "b", "--max-shard-gb", "0"],
 ])  # fmt: skip
 def test_wrong_usage(arguments: list[str], here: Callable[..., Result]) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from checkpoint_files import CONFIG, linear_names, load_directory, tiny_tensors, write_checkpoint
 from fewbits.checkpoint import UsageError, quantize_checkpoint
+from fewbits.memory_gpus import STRATEGIES, Gpus, layer_sizes
 from fewbits.memory_plan import MemoryPlan, plan_memory
 
 
@@ -99,3 +101,52 @@ def test_refused(tmp_path: Path) -> None:
     for option in ("context", "batch", "lora_rank"):
         with pytest.raises(UsageError, match=f"{option}: got 0"):
             plan_memory(src, **{option: 0})
+
+
+# ---- several GPUs --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "tp"])
+def test_one_gpu_shares_with_nobody(tmp_path: Path, strategy: Any) -> None:
+    src = write_checkpoint(tmp_path / "src")
+    assert plan_memory(src, gpus=1, strategy=strategy) == plan_memory(src)
+
+
+def test_gpus(tmp_path: Path) -> None:
+    """What is divided, and what is there because of the others."""
+    src = write_checkpoint(tmp_path / "src")
+    one = plan_memory(src)
+    plans = {strategy: plan_memory(src, gpus=4, strategy=strategy) for strategy in STRATEGIES}
+    adapters = sum(16 * sum(tiny_tensors()[n].shape) for n in linear_names())
+    assert estimate(plans["ddp"], "gradient buckets") == adapters * 4
+    lora = estimate(one, "LoRA and optimizer")
+    assert estimate(plans["fsdp"], "LoRA and optimizer") == lora // 4
+    assert estimate(plans["tp"], "LoRA and optimizer") == lora
+    assert estimate(plans["tp"], "KV cache") == estimate(one, "KV cache") // 4
+    for i, row in enumerate(one.rows):
+        ddp, fsdp, tp = (plans[strategy].rows[i] for strategy in STRATEGIES)
+        assert ddp.inference_bytes == row.inference_bytes
+        assert ddp.training_bytes == row.training_bytes + adapters * 4
+        temporary = estimate(one, "dequantized weight") if row.label != "16-bit" else 0
+        cut = row.quantized_bytes - -(-row.quantized_bytes // 4) + temporary - -(-temporary // 4)
+        assert row.inference_bytes - tp.inference_bytes == cut + estimate(one, "KV cache") * 3 // 4
+        gathered = estimate(plans["fsdp"], f"gathered weights, {row.label}")
+        saved = row.weight_bytes - -(-row.weight_bytes // 4)
+        assert row.inference_bytes - fsdp.inference_bytes == saved - gathered
+        assert row.training_bytes - fsdp.training_bytes == saved + lora * 3 // 4 - gathered
+        assert (ddp.weight_bytes, fsdp.weight_bytes) == (row.weight_bytes, row.weight_bytes)
+
+
+def test_layers_are_gathered_one_at_a_time() -> None:
+    sizes = {"layers.0.a.weight": 5, "layers.0.b.weight": 2, "layers.1.a.weight": 4, "head.weight": 9}
+    assert layer_sizes(sizes) == {"layers.0": 7, "layers.1": 4}
+    (gathered,) = Gpus(2, "fsdp").extra("NF4", sizes, 0)
+    assert gathered.bytes == 2 * 7 + 9
+
+
+def test_wrong_strategy(tmp_path: Path) -> None:
+    src = write_checkpoint(tmp_path / "src")
+    with pytest.raises(UsageError, match="strategy: got 'pp', expected one of ddp, fsdp, tp"):
+        plan_memory(src, gpus=2, strategy="pp")  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="gpus: got 0"):
+        plan_memory(src, gpus=0)

@@ -106,13 +106,6 @@ def test_distributed_parameters(tmp_path: Path) -> None:
             plain.step()
         for p, q in zip(params, others, strict=True):
             assert_same_bits(p.to_local(), q, "parameter")
-        for refused in (
-            fewbits.optim.AdamW8bit(params, max_grad_norm=1.0),
-            fewbits.optim.AdamW8bit(params, skip_nonfinite=True),
-            fewbits.optim.LAMB8bit(params),
-        ):
-            with pytest.raises(ValueError, match="distributed"):
-                refused.step()
     finally:
         torch.distributed.destroy_process_group()
 

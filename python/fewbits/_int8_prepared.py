@@ -69,7 +69,10 @@ class _Held:
         return self.codes, self.scales, None  # no activations
 
     def current(self) -> Prepared8 | None:
-        return self.prepared if self.prepared.describes(self.codes, self.scales) else None
+        if self.prepared.describes(self.codes, self.scales):
+            return self.prepared
+        # What FSDP2 gathers again for the backward pass may lie elsewhere.
+        return prepare(self.codes, self.scales) if getattr(self.codes, "gathered", False) else None
 
     def grad(self, grad_output: torch.Tensor) -> torch.Tensor:
         return dense(grad_output, Weight(self.codes.data, self.scales), transposed=True)

@@ -139,7 +139,10 @@ class _Held:
         return self.codes, self.prepared.absmax, code, absmax, offset
 
     def current(self) -> Prepared | None:
-        return self.prepared if self.prepared.describes(self.codes, self.state) else None
+        if self.prepared.describes(self.codes, self.state):
+            return self.prepared
+        # What FSDP2 gathers again for the backward pass may lie elsewhere.
+        return prepare(self.codes, self.state) if getattr(self.codes, "gathered", False) else None
 
     def grad(self, grad_output: torch.Tensor) -> torch.Tensor:
         return product(grad_output, None, True, weight_parts(self.codes.data, self.state))

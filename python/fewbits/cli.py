@@ -65,6 +65,7 @@ _PLAN_EPILOG = """\
 examples:
   fewbits plan Llama-3.2-1B
   fewbits plan Llama-3.2-1B --vram 8 --context 8192 --batch 4
+  fewbits plan Llama-3.3-70B --gpus 2 --strategy fsdp --vram 24
 """
 
 _INFO = """\
@@ -165,6 +166,15 @@ def build_parser() -> argparse.ArgumentParser:
     plan.add_argument("--context", type=_positive(int), default=2048, metavar="N", help="tokens (default: 2048)")
     plan.add_argument("--batch", type=_positive(int), default=1, metavar="N", help="sequences (default: 1)")
     plan.add_argument("--lora-rank", type=_positive(int), default=16, metavar="R", help="default: 16")
+    plan.add_argument(
+        "--gpus", type=_positive(int), default=1, metavar="N", help="memory of each of N GPUs (default: 1)"
+    )
+    plan.add_argument(
+        "--strategy",
+        choices=("ddp", "fsdp", "tp"),
+        default="ddp",
+        help="how they share the model: copies, shards gathered layer by layer, parts of each layer (default: ddp)",
+    )
 
     info = commands.add_parser("info", help="version, devices, self-test", description=_INFO, formatter_class=raw)
     info.add_argument("--json", action="store_true", help="print JSON")
@@ -282,7 +292,14 @@ def _plan(args: argparse.Namespace, out: Console, _err: Console) -> int:
 
     from .memory_plan import plan_memory
 
-    plan = plan_memory(args.source, context=args.context, batch=args.batch, lora_rank=args.lora_rank)
+    plan = plan_memory(
+        args.source,
+        context=args.context,
+        batch=args.batch,
+        lora_rank=args.lora_rank,
+        gpus=args.gpus,
+        strategy=args.strategy,
+    )
     vram, origin = (args.vram * 1e9, "--vram") if args.vram is not None else (None, "")
     if vram is None and torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
@@ -292,6 +309,8 @@ def _plan(args: argparse.Namespace, out: Console, _err: Console) -> int:
         f" other tensors: {plan.other_parameters / 1e6:.1f} M, {_size(plan.rows[0].other_bytes)} in 16 bits",
         highlight=False,
     )
+    if args.gpus > 1:
+        out.print(f"{args.gpus} GPUs, {args.strategy}: inference and QLoRA are the memory of each GPU", highlight=False)
     out.print(plan_table(plan, vram))
     if vram is not None:
         out.print(f"VRAM: {_size(vram)} ({origin})", markup=False, highlight=False)

@@ -14,6 +14,7 @@ from typing import Any
 
 from ._reader import Checkpoint, UsageError
 from ._selection import Choice, Format, quantized_parts, select
+from .memory_gpus import STRATEGIES, Gpus, Strategy, describe
 
 # What the driver, the kernels and cuBLAS take before the first tensor: 0.4 to 0.8 GB on current GPUs.
 CONTEXT_BYTES = 600_000_000
@@ -52,7 +53,7 @@ class Row:
     other_bytes : int
         Exact: all other tensors, floating point in 16 bits, the rest as stored.
     inference_bytes, training_bytes : int
-        Weights plus estimates.
+        Weights plus estimates, on each GPU.
     """
 
     label: str
@@ -156,7 +157,15 @@ def _activations(config: Mapping[str, Any], choices: Sequence[Choice], context: 
     return estimates
 
 
-def plan_memory(source: str | Path, *, context: int = 2048, batch: int = 1, lora_rank: int = 16) -> MemoryPlan:
+def plan_memory(
+    source: str | Path,
+    *,
+    context: int = 2048,
+    batch: int = 1,
+    lora_rank: int = 16,
+    gpus: int = 1,
+    strategy: Strategy = "ddp",
+) -> MemoryPlan:
     """Compute what a model needs in each format.
 
     Reads the headers of the safetensors files only.
@@ -171,6 +180,11 @@ def plan_memory(source: str | Path, *, context: int = 2048, batch: int = 1, lora
         Sequences at a time.
     lora_rank : int, default 16
         Rank of the adapters for the training column.
+    gpus : int, default 1
+        How many GPUs share the work. `inference_bytes`, `training_bytes` and the estimates are those of each.
+    strategy : {"ddp", "fsdp", "tp"}
+        How: copies of the model (DDP), shards that are gathered layer by layer (FSDP2, ZeRO-3), or parts of every
+        linear layer (tensor parallelism).
 
     Returns
     -------
@@ -188,9 +202,12 @@ def plan_memory(source: str | Path, *, context: int = 2048, batch: int = 1, lora
     --------
     >>> plan = plan_memory("model")
     """
-    for name, number in (("context", context), ("batch", batch), ("lora_rank", lora_rank)):
+    for name, number in (("context", context), ("batch", batch), ("lora_rank", lora_rank), ("gpus", gpus)):
         if number < 1:
             raise UsageError(f"{name}: got {number}, expected a positive number")
+    if strategy not in STRATEGIES:
+        raise UsageError(f"strategy: got {strategy!r}, expected one of {', '.join(STRATEGIES)}")
+    several = Gpus(gpus, strategy)
     model = Checkpoint(source)
     model.refuse_quantized()
     choices, _ = select(list(model.entries.values()), (), model.config)
@@ -204,6 +221,7 @@ def plan_memory(source: str | Path, *, context: int = 2048, batch: int = 1, lora
     estimates += [*_activations(model.config, choices, context, batch), _lora(choices, lora_rank)]
     largest = max((c.entry.numel for c in linear), default=0)
     estimates.append(Estimate("CUDA context and libraries", "a constant", CONTEXT_BYTES, training=True, inference=True))
+    adapters = sum(lora_rank * sum(c.shape) for c in linear)
     # A 16-bit model multiplies its weights as they are, so this one counts in the other rows only.
     temporary = Estimate(
         "dequantized weight",
@@ -213,7 +231,10 @@ def plan_memory(source: str | Path, *, context: int = 2048, batch: int = 1, lora
         inference=True,
     )
 
+    estimates, temporary = [several.share(e) for e in estimates], several.share(temporary)
     rows = []
+    others_by_name = {c.entry.name: c.entry.numel * 2 if c.entry.dtype in floats else c.entry.nbytes for c in others}
+    only: list[Estimate] = []  # of one format
     formats: list[tuple[str, Format | None, bool]] = [
         ("16-bit", None, False),
         ("8-bit", "int8rows", False),
@@ -222,17 +243,25 @@ def plan_memory(source: str | Path, *, context: int = 2048, batch: int = 1, lora
     ]
     for label, quant_format, double_quant in formats:
         if quant_format is None:
-            size = sum(c.entry.numel * 2 for c in linear)
+            sizes = {c.entry.name: c.entry.numel * 2 for c in linear}
         else:
             blocksize = 64 if quant_format == "nf4" else None
-            replaced = (quantized_parts(c.entry.name, c.shape, quant_format, blocksize, double_quant) for c in linear)
-            size = sum(p.nbytes for parts in replaced for p in parts)
-        extra = [*estimates, temporary] if quant_format is not None else estimates
-        inference = size + other_bytes + sum(e.bytes for e in extra if e.inference)
-        training = size + other_bytes + sum(e.bytes for e in extra if e.training)
+            sizes = {
+                c.entry.name: sum(
+                    p.nbytes for p in quantized_parts(c.entry.name, c.shape, quant_format, blocksize, double_quant)
+                )
+                for c in linear
+            }
+        size = sum(sizes.values())
+        mine = several.extra(label, {**sizes, **others_by_name}, adapters)
+        only += [e for e in mine if e not in only]
+        extra = [*estimates, *mine, *([temporary] if quant_format is not None else [])]
+        weights = several.weights(size, other_bytes)
+        inference = weights + sum(e.bytes for e in extra if e.inference)
+        training = weights + sum(e.bytes for e in extra if e.training)
         rows.append(Row(label, size, other_bytes, inference, training))
 
-    notes = []
+    notes = list(describe(several))
     if cache is None:
         notes.append("no KV cache: config.json does not describe a model that generates text")
     if not model.config:
@@ -242,7 +271,7 @@ def plan_memory(source: str | Path, *, context: int = 2048, batch: int = 1, lora
         notes.append(f"{len(stacked)} three-dimensional tensors (fused experts?) stay in 16 bits")
     return MemoryPlan(
         rows,
-        [*estimates, temporary],
+        [*estimates, *only, temporary],
         sum(c.entry.numel for c in linear),
         sum(c.entry.numel for c in others),
         len(linear),

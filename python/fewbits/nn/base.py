@@ -10,6 +10,8 @@ from torch import nn
 
 from fewbits import _checks
 from fewbits.nn.parameter import QuantizedParameter
+from fewbits.nn.shard import Shard, gathered, shard_of, shared
+from fewbits.nn.split import Split, joined, part_of_bias
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -44,6 +46,9 @@ class QuantizedModule(nn.Module):
     _parameter_class: ClassVar[type[Any]]
     _with_state: ClassVar[str]  # what a quantized weight in a state dict is, and what it needs beside it
 
+    _split: Split | None = None  # which part of the weight this has, under tensor parallelism
+    _whole_bias: torch.Tensor | None = None  # where ranks add up their outputs, and the first one adds the bias
+
     def _weight_shape(self) -> torch.Size:
         """Return the shape of the weight, (N, K)."""
         raise NotImplementedError
@@ -61,6 +66,8 @@ class QuantizedModule(nn.Module):
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         """Apply `fn` to weight and bias. nn.Module's own way would lose the class of the weight on a move to meta."""
         weight, cls = self._parameters["weight"], self._parameter_class
+        if shard_of(weight) is not None:
+            return self._apply_around(fn, recurse, weight)
         if not isinstance(weight, cls):
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
             moved = self._parameters["weight"]
@@ -83,6 +90,21 @@ class QuantizedModule(nn.Module):
             self._parameters["weight"].grad = grad  # type: ignore[union-attr]
         self._adopt(applied)
         return self
+
+    def _apply_around(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool, weight: Any) -> Self:
+        """Apply `fn` to everything but a sharded weight, which goes where `fn` sends things, and is never cast."""
+        self._parameters["weight"] = None
+        try:
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        finally:
+            self._parameters["weight"] = weight
+        device = fn(torch.empty(0, dtype=torch.uint8, device=weight.device)).device
+        if device != weight.device and device.type != "meta":
+            self._parameters["weight"] = nn.Parameter(weight.detach().to(device), requires_grad=False)
+        return self
+
+    def _forget_scales(self) -> None:
+        """Let go of scales of which every rank has kept its own."""
 
     def _replace_weight(self, weight: Any, keep_identity: bool) -> None:
         if keep_identity:
@@ -137,13 +159,31 @@ class QuantizedModule(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
+        if self._split is not None:
+            state_dict = self._cut_entries(dict(state_dict), prefix, self._split)
         weight, name = self._parameters["weight"], f"{prefix}weight"
         load = super()._load_from_state_dict
         stats = self._statistics(state_dict, prefix)
+        if stats and name not in state_dict and not strict:
+            # Those of a frozen weight that was left out, as by `ignore_frozen_params` of distributed checkpoints.
+            state_dict = {key: value for key, value in state_dict.items() if key not in stats}
+            stats = {}
+        rest = {key: value for key, value in state_dict.items() if key not in stats}
+        if shard_of(weight) is not None and (name in state_dict or stats):
+            try:
+                self._fill_shard(weight, rest.pop(name, None), stats)
+            except (TypeError, ValueError) as error:
+                error_msgs.append(f"While loading {name}: {error}")
+                return
+            self._load_others(load, rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+            return
+        if _is_elsewhere(weight) and _is_elsewhere(rest.get(name)) and self._weight_shape().numel():
+            del rest[name]  # DeepSpeed's ZeRO-3 saves and loads what it has partitioned by itself
+            self._load_others(load, rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+            return
         if not isinstance(weight, self._parameter_class):
             load(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
             return
-        rest = {key: value for key, value in state_dict.items() if key not in stats}
         assign = bool(local_metadata.get("assign_to_params_buffers", False))
         loaded = None
         if name in rest or stats:
@@ -183,6 +223,14 @@ class QuantizedModule(nn.Module):
         self._replace_weight(loaded, keep_identity=not assign and not weight.is_meta)
         self._adopt(loaded)
 
+    def _load_others(self, load: Callable[..., None], *args: Any) -> None:
+        """Load everything but the weight."""
+        weight, self._parameters["weight"] = self._parameters["weight"], None
+        try:
+            load(*args)
+        finally:
+            self._parameters["weight"] = weight
+
     def _read(self, weight: Any, entry: torch.Tensor | None, stats: Mapping[str, Any], assign: bool) -> Any:
         if not isinstance(entry, torch.Tensor):
             raise ValueError(f"weight: expected a tensor, got {type(entry).__name__}")
@@ -201,6 +249,45 @@ class QuantizedModule(nn.Module):
             )
         return self._read_values(weight, entry, self._load_device(weight, entry, assign), assign)
 
+    def _cut_entries(self, state_dict: dict[str, Any], prefix: str, split: Split) -> dict[str, Any]:
+        """Return a state dict of a whole module with this rank's part in its place."""
+        bias = state_dict.get(f"{prefix}bias")
+        if isinstance(bias, torch.Tensor) and bias.shape[0] == split.shape[0]:
+            whole = gathered(bias.detach())
+            state_dict[f"{prefix}bias"] = part_of_bias(whole, split)
+            self._whole_bias = whole.clone() if split.dim == 1 else None
+        return state_dict
+
+    def _join_bias(self, destination: dict[str, Any], prefix: str, split: Split) -> None:
+        """Put the bias of the whole module into a state dict."""
+        name = f"{prefix}bias"
+        if name in destination:
+            destination[name] = joined(split, destination[name], 0) if split.dim == 0 else self._whole_bias
+
+    def _fill_shard(self, weight: Any, entry: Any, stats: Mapping[str, Any]) -> None:
+        """Put this rank's part of the weight that a state dict holds into a shard."""
+        shard = shard_of(weight)
+        assert shard is not None
+        if hasattr(entry, "device_mesh"):
+            stats = shared(weight, stats)
+        stats = {key: gathered(value) if isinstance(value, torch.Tensor) else value for key, value in stats.items()}
+        if isinstance(entry, torch.Tensor):
+            entry = gathered(entry.detach()).to(shard.device)
+        self._take_whole(weight, self._read(self._blank(shard), entry, stats, False))
+
+    def _blank(self, shard: Shard) -> Any:
+        """Return a parameter like the whole of a shard, to be loaded into."""
+        raise NotImplementedError
+
+    def _take_whole(self, weight: Any, loaded: Any) -> None:
+        """Put this rank's part of a whole quantized parameter into a sharded one."""
+        raise NotImplementedError
+
     @staticmethod
     def _load_device(weight: Any, entry: torch.Tensor, assign: bool) -> torch.device:
         return entry.device if assign or weight.is_meta else torch.device(weight.device)
+
+
+def _is_elsewhere(weight: Any) -> bool:
+    """Return whether an engine has left an empty tensor in the place of a weight."""
+    return isinstance(weight, torch.Tensor) and not weight.numel()

@@ -162,7 +162,10 @@ class Int8Params(QuantizedParameter):
     ) -> Any:
         if func is torch.nn.functional.linear:
             _check_linear(*args, **({} if kwargs is None else kwargs))
-        return super().__torch_function__(func, types, args, kwargs)
+        result = super().__torch_function__(func, types, args, kwargs)
+        if func is torch.chunk:
+            cls._number_pieces(result, args, {} if kwargs is None else kwargs)
+        return result
 
     def __getstate__(self) -> dict[str, Any]:
         # The codes are the data: they are written once.

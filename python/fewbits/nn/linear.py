@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
 from fewbits import _prepared
 from fewbits.autograd import multiply
 from fewbits.compat import _differences
+from fewbits.nn.gathered import Gathered4bit
 from fewbits.nn.module import Module4bit
 from fewbits.nn.params import Params4bit
 
@@ -37,7 +40,7 @@ class Linear4bit(Module4bit, nn.Linear):
     quant_type : str
         ``"fp4"`` or ``"nf4"``.
     quant_storage : torch.dtype
-        Dtype under which the packed bytes are held; FSDP needs that of the other parameters.
+        Dtype under which the packed bytes are held. FSDP1 needs that of the other parameters; FSDP2 takes any.
     device : torch.device, optional
         Where the weight is made. It is not quantized there before a ``.to``.
 
@@ -92,10 +95,12 @@ class Linear4bit(Module4bit, nn.Linear):
         """
         tracing = _is_compiling()
         if not tracing:
-            weight = self._parameters.get("weight")
-            state, compute_dtype = self.quant_state, self.compute_dtype
+            weight: Any = self._parameters.get("weight")
+            state, compute_dtype, kind = self.quant_state, self.compute_dtype, type(weight)
+            if kind is Gathered4bit:
+                state = weight.quant_state
             if (
-                type(weight) is Params4bit
+                (kind is Params4bit or kind is Gathered4bit)
                 and weight.prepared is not None
                 and weight.quant_state is state is not None
                 and self.compute_type_is_set

@@ -14,6 +14,7 @@ from fewbits._checks_int8 import check_threshold
 from fewbits._int8_matmul import MatmulLtState, multiply, quantize_weight
 from fewbits._int8_product import Weight
 from fewbits.compat import _differences
+from fewbits.nn.gathered import Gathered8bit
 from fewbits.nn.int8_params import Int8Params, Scales
 from fewbits.nn.module8bit import Module8bit
 
@@ -118,11 +119,20 @@ class Linear8bitLt(Module8bit, nn.Linear):
         weight: Any = self._parameters.get("weight")
         if not tracing:
             state.is_training = self.training
-            if (
-                type(weight) is Int8Params
+            short = not state.force_no_igemmlt
+            if short and type(weight) is Gathered8bit and (prepared := weight.prepared) is not None:
+                if self._SCB is not None or state.SCB is not None:
+                    self._forget_scales()
+                done = _int8_prepared.multiply(
+                    prepared, weight, weight.SCB, x, state.threshold, self._parameters["bias"]
+                )
+                if done is not None:
+                    return done
+            elif (
+                short
+                and type(weight) is Int8Params
                 and (prepared := weight.prepared) is not None
                 and weight.SCB is None
-                and not state.force_no_igemmlt
             ):
                 done = _int8_prepared.multiply(
                     prepared, weight, state.SCB, x, state.threshold, self._parameters["bias"]
@@ -131,6 +141,11 @@ class Linear8bitLt(Module8bit, nn.Linear):
                     return done
             _differences.cast_bias(self.bias, x.dtype)
         weight = self.weight
+        if not tracing and not state.has_fp16_weights and hasattr(weight, "_local_tensor"):
+            raise RuntimeError(
+                "Linear8bitLt: expected a whole weight, got a distributed tensor; call the module that fully_shard was "
+                "given, or for tensor parallelism use ColwiseParallel and RowwiseParallel of fewbits.distributed"
+            )
         if not weight.is_floating_point():
             quantized = self._find_weight(weight, tracing)
             if not tracing and type(weight) is Int8Params and weight.prepared is None:
@@ -150,6 +165,11 @@ class Linear8bitLt(Module8bit, nn.Linear):
 
     def _find_weight(self, weight: torch.Tensor, tracing: bool) -> Weight:
         """Return codes and scales; scales that have come with a new weight are taken over into the state."""
+        if type(weight) is Gathered8bit:
+            assert weight.SCB is not None
+            if not tracing:
+                self._forget_scales()
+            return Weight(weight if tracing else weight.data, weight.SCB)
         state, fresh = self.state, getattr(weight, "SCB", None) is not None
         SCB = self._scales()
         if SCB is None:
@@ -193,6 +213,9 @@ class Linear8bitLt(Module8bit, nn.Linear):
             super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
         else:
             args[-1].append(refusal)
+
+    def _forget_scales(self) -> None:
+        self.state.CB = self.state.SCB = self._SCB = None
 
     def _scales(self) -> torch.Tensor | None:
         weight = self.weight

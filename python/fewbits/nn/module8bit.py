@@ -9,6 +9,8 @@ import torch
 
 from fewbits.nn.base import QuantizedModule
 from fewbits.nn.int8_params import Int8Params
+from fewbits.nn.shard import Shard, distributed, fill, gathered, shard_of
+from fewbits.nn.split import Split, joined, split_8bit
 
 # The only layout there is: codes row by row. Checkpoints name it by this number, or by its name.
 _ROW = 0
@@ -31,10 +33,34 @@ class Module8bit(QuantizedModule):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        SCB = self._scales()
+        if shard_of(self.weight) is not None:
+            codes, SCB = distributed(self.weight)
+            if not keep_vars:
+                destination[f"{prefix}weight"] = codes
+        else:
+            SCB = self._scales()
+            if SCB is not None and self._split is not None and not keep_vars:
+                destination[f"{prefix}weight"] = joined(self._split, self.weight.data, self._split.dim)
+                SCB = joined(self._split, SCB, 0) if self._split.dim == 0 else SCB
+                self._join_bias(destination, prefix, self._split)
         if SCB is not None:
             destination[f"{prefix}SCB"] = SCB if keep_vars else SCB.detach()
             destination[f"{prefix}weight_format"] = torch.tensor(_ROW, dtype=torch.uint8)
+
+    # Distributed checkpoints find the entries of a state dict by walking attributes.
+
+    @property
+    def SCB(self) -> torch.Tensor:  # noqa: N802  (as the state dict has it)
+        """The scales of a quantized weight."""
+        SCB = self._scales() if shard_of(self.weight) is None else distributed(self.weight)[1]
+        if SCB is None:
+            raise AttributeError(f"{type(self).__name__}: no 'SCB' in a module whose weight is not quantized")
+        return SCB
+
+    @property
+    def weight_format(self) -> torch.Tensor:
+        """The number of the layout of the codes, as state dicts have it."""
+        return torch.tensor(_ROW, dtype=torch.uint8)
 
     def _statistics(self, state_dict: Mapping[str, Any], prefix: str) -> dict[str, Any]:
         names = (f"{prefix}SCB", f"{prefix}weight_format")
@@ -63,6 +89,28 @@ class Module8bit(QuantizedModule):
         if not assign:
             codes, scales = codes.to(device, copy=True), scales.to(device, torch.float32, copy=True)
         return Int8Params(codes, requires_grad=False, CB=codes, SCB=scales.to(device, torch.float32))
+
+    def _cut_entries(self, state_dict: dict[str, Any], prefix: str, split: Split) -> dict[str, Any]:
+        state_dict, name = super()._cut_entries(state_dict, prefix, split), f"{prefix}weight"
+        entry, SCB = state_dict.get(name), state_dict.get(f"{prefix}SCB")
+        if not isinstance(entry, torch.Tensor) or entry.shape != split.shape:
+            return state_dict
+        codes = gathered(entry.detach())
+        if not isinstance(SCB, torch.Tensor):
+            if codes.dtype == torch.int8:
+                return state_dict
+            quantized = Int8Params(codes, requires_grad=False).to(self.weight.device)
+            codes, SCB = quantized.data, quantized.SCB
+        assert SCB is not None
+        codes, SCB = split_8bit(codes, gathered(SCB.detach()), split.dim, split.rank, split.world)
+        return {**state_dict, name: codes, f"{prefix}SCB": SCB}
+
+    def _blank(self, shard: Shard) -> Int8Params:
+        return Int8Params(torch.empty(0, dtype=torch.int8, device=shard.device), requires_grad=False)
+
+    def _take_whole(self, weight: Any, loaded: Int8Params) -> None:
+        assert loaded.SCB is not None
+        fill(weight, loaded.data, loaded.SCB)
 
     def _read_values(self, weight: Int8Params, entry: torch.Tensor, device: torch.device, assign: bool) -> Int8Params:
         values = entry.detach()

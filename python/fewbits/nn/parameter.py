@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+from fewbits.nn.shard import Shard
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -16,7 +19,8 @@ class QuantizedParameter(torch.nn.Parameter):
     prepared: Any = None  # what a product needs of this memory and these scales; see `fewbits._prepared`
     # Not among the attributes, which are keywords: whether the data were quantized by this class, so that a file, if
     # there is one, has values; and whether this is on meta in the place of such codes, which were moved there.
-    __slots__ = ("_from_values", "_shell")
+    # And which of how many pieces this is, where `torch.chunk` made it.
+    __slots__ = ("_cut", "_from_values", "_shell")
 
     def _is_quantized(self) -> bool:
         raise NotImplementedError
@@ -137,8 +141,28 @@ class QuantizedParameter(torch.nn.Parameter):
     ) -> Any:
         if func in _REPOINTING and isinstance(args[0], cls):
             args[0].__dict__.pop("prepared", None)
+        kwargs = {} if kwargs is None else kwargs
         with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **({} if kwargs is None else kwargs))
+            result = func(*args, **kwargs)
+        if func is torch.Tensor.new_zeros and isinstance(args[0], cls):
+            return args[0]._blank_shard(result)
+        return result
+
+    def _blank_shard(self, zeros: torch.Tensor) -> torch.Tensor:
+        """Return zeros that FSDP2 will copy a piece of this parameter into, as what keeps the piece's scales too."""
+        if zeros.shape[1:] != self.shape[1:] or zeros.dtype != self._held_dtype() or zeros.dim() != self.dim():
+            return zeros
+        from fewbits.nn.gathered import recipe_of  # which reads this module
+
+        recipe = recipe_of(self)
+        return zeros if recipe is None else Shard(zeros, recipe)
+
+    @staticmethod
+    def _number_pieces(pieces: Sequence[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Let the pieces that ``torch.chunk`` made know which they are."""
+        count = args[1] if len(args) > 1 else kwargs["chunks"]
+        for i, piece in enumerate(pieces):
+            piece._cut = (i, count)
 
 
 def no_scales(what: str) -> ValueError:

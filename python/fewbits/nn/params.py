@@ -266,7 +266,9 @@ class Params4bit(QuantizedParameter):
         result = super().__torch_function__(func, types, args, kwargs)
         if func is torch.chunk or func is torch.split:  # FSDP2 shards with these, and needs to know what it holds
             source = args[0] if args else next(value for value in kwargs.values() if isinstance(value, cls))
-            return tuple(type(source)(piece, source.requires_grad, **source.__dict__) for piece in result)
+            result = tuple(type(source)(piece, source.requires_grad, **source.__dict__) for piece in result)
+            if func is torch.chunk:
+                cls._number_pieces(result, args, kwargs)
         return result
 
 

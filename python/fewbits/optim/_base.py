@@ -11,6 +11,7 @@ import torch
 from fewbits._checks import DTYPES
 from fewbits.codebook import create_dynamic_map
 from fewbits.optim import _states
+from fewbits.optim._distributed import whole_numel
 from fewbits.optim._families import ALIASES, DEFAULTS, FAMILIES, check_8bit, check_values, parse_betas
 from fewbits.optim._naming import Named
 from fewbits.optim._options import ARGS, MockArgs, Params
@@ -57,6 +58,10 @@ class Optimizer8bit(Stepping, metaclass=Named):
     is about CUDA: on devices that native code does not know, a step waits for the device once and cannot be captured.
 
     Gradient scalers hand over their scale, which is taken out on the way.
+
+    Distributed parameters (`torch.distributed.tensor.DTensor`, as ``fully_shard`` makes them) are stepped shard by
+    shard: states are those of the shard, ``min_8bit_size`` counts the elements of the whole parameter, and norms (trust
+    ratios, `max_grad_norm`, `skip_nonfinite`) are those of whole tensors.
 
     Subclasses may override `init_state`, `update_step` and `get_config`; with their own `update_step`, parameters are
     stepped one at a time.
@@ -220,7 +225,7 @@ class Optimizer8bit(Stepping, metaclass=Named):
         if config["skip_zeros"]:
             raise ValueError(f"skip_zeros: expected False, got {config['skip_zeros']!r}")
         mine, state = local(p), self.state[p]
-        if p.numel() < config["min_8bit_size"]:
+        if whole_numel(p) < config["min_8bit_size"]:
             bits = 32
         if "state1" in state:
             bits = _states.bits_of(state)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fewbits.codebook import shared_table
-from fewbits.optim import _states
+from fewbits.optim import _distributed, _sharded_states, _states
 from fewbits.optim._families import FAMILIES, check_values, parse_betas
 from fewbits.optim._paged_states import local
 
@@ -18,16 +18,27 @@ if TYPE_CHECKING:
     from fewbits.optim._persistent import Persistent
 
 
-def packed(state: Mapping[Any, Any], trust: bool) -> dict[Any, Any]:
+def packed(state: Mapping[Any, Any], params: Sequence[Any], family: str) -> dict[Any, Any]:
     """Return the states with what is not of a parameter's shape one level down, and counters as numbers.
 
-    FSDP gathers every tensor that it finds at the first level.
+    FSDP1 gathers every tensor that it finds at the first level. Parameters are known by their numbers.
     """
+    trust = FAMILIES[family].trust
     counters: dict[torch.device, list[tuple[Any, torch.Tensor]]] = {}
     result: dict[Any, Any] = {}
     for key, given in state.items():
         if not isinstance(given, dict):
             result[key] = given
+            continue
+        if type(key) is int and key < len(params) and _distributed.is_distributed(params[key]):
+            result[key] = _sharded_states.exported(family, params[key], given)
+            if isinstance(step := given.get("step"), torch.Tensor):
+                counters.setdefault(step.device, []).append((key, step))
+            continue
+        if type(key) is int and key < len(params) and _distributed.is_flattened(params[key]):
+            result[key] = _sharded_states.flattened(family, given)
+            if isinstance(step := given.get("step"), torch.Tensor):
+                counters.setdefault(step.device, []).append((key, step))
             continue
         outer = {name: value for name, value in given.items() if name not in _states.QUANT_KEYS}
         inner = {name: given[name] for name in _states.QUANT_KEYS if name in given}
@@ -105,6 +116,9 @@ def _state(
         return {}
     whose = local(p)
     if not optimizer._steps_itself():
+        if _distributed.is_flattened(p):
+            flat = _sharded_states.unflattened(optimizer.optimizer_name, flat, _wanted_bits(optimizer, p))
+        flat = _sharded_states.imported(where, optimizer.optimizer_name, p, flat)
         family = FAMILIES[optimizer.optimizer_name]
         needed = family.states({**optimizer.defaults, **group})
         if "step" not in flat:
@@ -133,6 +147,12 @@ def _state(
         else:
             result[key] = deepcopy(value)
     return result
+
+
+def _wanted_bits(optimizer: Persistent, p: Any) -> int:
+    """Return the width of the states that a parameter gets."""
+    config = {**vars(optimizer.args), **optimizer.mng.pid2config.get(id(p), {})}
+    return 8 if config["optim_bits"] == 8 and _distributed.whole_numel(p) >= config["min_8bit_size"] else 32
 
 
 def _counter(where: str, step: Any, p: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,7 @@ import torch
 from fewbits import _native
 from fewbits._launch import target_queue
 from fewbits.optim import _paging
+from fewbits.optim._distributed import Reducer, sums_of_rows
 from fewbits.optim._families import FAMILIES
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ class Bundle:
         self.sent_by_graph = False
         self.control: torch.Tensor | None = None
         self.partials: torch.Tensor | None = None
+        self.reducer: Reducer | None = None  # of distributed parameters
 
     def place(self, p: torch.Tensor) -> int:
         """Return where a step updates a parameter: in its memory, or in a copy without gaps."""
@@ -82,6 +84,7 @@ class Bundle:
             launch.tile, launch.tile_count = sum(part.size for part in tiles), int(counts[mine].sum())
             tiles.append(np.repeat(np.arange(launch.count, dtype=np.int32), counts[mine]))
         self.tile_count = sum(part.size for part in tiles)
+        self.tile_counts = counts.tolist()
         sources = np.array(self.sources, dtype=np.int64)
         self.index, self.offsets = sources[:, 0].copy(), sources[:, 1].copy()
         self.is_plain = bool((self.index == np.arange(len(sources))).all() and not self.offsets.any())
@@ -152,6 +155,10 @@ class Bundle:
             if launch.tile_count:
                 self._norms(launch, 0, 0, self.partials.data_ptr() + 8 * launch.tile)
         return self.partials[: self.tile_count]
+
+    def row_sums(self, partials: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
+        """Return the sums of rows of the tables, and whose they are."""
+        return sums_of_rows(partials, self.tile_counts), self.index.tolist()
 
     def _norms(self, launch: Launch, kind: int, control: int, partials: int) -> None:
         _native.optim_norms(
@@ -233,6 +240,8 @@ class Bundle:
         partials = self.partials.data_ptr()
         if launch.tile_count:
             self._norms(launch, 1, control, partials)
+        if self.reducer is not None:
+            self._reduce(launch, self.reducer)
         tensors, count, *_ = self._tables(launch)
         _native.optim_trust(
             partials, tensors, count, launch.tile_count, self.family.number, groups, ratios, *target_queue(self.device)
@@ -241,6 +250,19 @@ class Bundle:
             assert self.ratios is not None
             found = self.ratios[launch.entry : launch.entry + count]
             found.masked_fill_(found == 0, 1.0)
+
+    def _reduce(self, launch: Launch, reducer: Reducer) -> None:
+        """Put the sums of whole tensors in the place of those of their shards."""
+        assert self.partials is not None
+        rows = slice(launch.entry, launch.entry + launch.count)
+        counts = self.tile_counts[rows]
+        sums = self.partials[: 2 * launch.tile_count].view(-1, 2)
+        whole = reducer.reduce_rows(sums_of_rows(sums, counts), self.index[rows].tolist())
+        sums.zero_()
+        present = [i for i, count in enumerate(counts) if count]
+        if present:
+            firsts = np.cumsum([0, *counts[:-1]])[present]
+            sums[torch.from_numpy(firsts).to(sums.device)] = whole[torch.tensor(present, device=sums.device)]
 
 
 def _as_float32(value: Any, device: torch.device) -> torch.Tensor | None:

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from fewbits.optim import _checkpoint, _paging, _states
-from fewbits.optim._families import FAMILIES
 from fewbits.optim._paged_states import PagedStates, local
 from fewbits.optim.manager import GlobalOptimManager
 
@@ -44,11 +43,13 @@ class Persistent(PagedStates):
         dict
             As of `torch.optim.Optimizer`. ``step`` is an int; the other states of a parameter are in
             ``"__bnb_optimizer_quant_state__"``, one level down, where FSDP does not gather them. Tensors are shared
-            with the optimizer.
+            with the optimizer. States of a distributed parameter are distributed tensors at the first level, laid out
+            as it is, so that `torch.distributed.checkpoint` saves them and loads them on any number of ranks.
         """
         self._synchronize_pages()
         result = super().state_dict()
-        result["state"] = _checkpoint.packed(result["state"], FAMILIES[self.optimizer_name].trust)
+        params = list(chain.from_iterable(group["params"] for group in self.param_groups))
+        result["state"] = _checkpoint.packed(result["state"], params, self.optimizer_name)
         return result
 
     def load_state_dict(self, state_dict: dict[str, Any], move_to_device: bool = True) -> None:

@@ -17,11 +17,11 @@ from fewbits import _native
 from fewbits._backend import is_portable
 from fewbits._checks import DTYPES, block_count
 from fewbits._launch import dense
-from fewbits.optim import _paging, _states
+from fewbits.optim import _distributed, _paging, _states
 from fewbits.optim._config import Config
 from fewbits.optim._launches import Bundle, Key, Launch
 from fewbits.optim._paged_states import local
-from fewbits.optim._prepare import Member, check_local, check_tensors, prepare_states
+from fewbits.optim._prepare import Member, check_tensors, prepare_states
 
 if TYPE_CHECKING:
     from fewbits.optim._stepping import Stepping
@@ -51,12 +51,14 @@ class Plan:
         self.mask = None if len(chosen) == len(everyone) else [i in chosen for i in range(len(everyone))]
         self.types = list(map(type, map(_grad, everyone)))
         self.changes = optimizer.mng.changes
-        self.distributed = any(hasattr(m.p, "_local_tensor") for m in members)
-        if self.distributed:
-            check_local(optimizer)
+        self.distributed = any(_distributed.is_distributed(m.p) for m in members)
         self.owners = [m.p for m in members]
+        for m in members if self.distributed else ():
+            if _distributed.is_distributed(m.p):
+                _distributed.check_placement(f"parameter {m.position} of group {m.group_index}", m.p)
+        self.reducer = _distributed.Reducer(self.owners) if self.distributed else None
         params = [local(m.p) for m in members]
-        grads = [local(m.p.grad) for m in members]
+        grads = [_distributed.local_gradient(m.p, m.p.grad) for m in members]
         check_tensors(members, params, grads)
         self.params = params
         self.dtypes, self.numels = list(map(_dtype, grads)), list(map(_numel, grads))
@@ -86,9 +88,9 @@ class Plan:
 
     def addresses(self, grads: list[torch.Tensor]) -> tuple[list[int], list[torch.Tensor]] | None:
         if self.distributed:
-            grads = [local(g) for g in grads]
-            if [local(p) for p in self.owners] != self.params:
+            if any(local(p) is not shard for p, shard in zip(self.owners, self.params, strict=True)):
                 return None
+            grads = [_distributed.local_gradient(p, g) for p, g in zip(self.owners, grads, strict=True)]
         if not all(map(_is_contiguous, grads)):
             if any(g.layout is not torch.strided for g in grads):
                 return None
@@ -147,13 +149,19 @@ class Plan:
                 from fewbits.portable.optim import PortableBundle, entry_of  # which reads this package
 
                 portable = PortableBundle(optimizer, device)
+                portable.reducer = self.reducer
                 order = chain.from_iterable(keys.values())  # that of native tables, hence of sums
                 portable.entries = [
-                    entry_of(portable.name, i, members[i].ordinal, params[i], states[i], configs[i]) for i in order
+                    entry_of(
+                        *(portable.name, i, members[i].ordinal, params[i], states[i], configs[i]),
+                        _distributed.first_element(members[i].p),
+                    )
+                    for i in order
                 ]
                 self.bundles.append(portable)
                 continue
             bundle = Bundle(optimizer, device)
+            bundle.reducer = self.reducer
             here = [config for config in self.configs if config.device == device]
             for key, indices in keys.items():
                 batch = here[key.batch * GROUPS : (key.batch + 1) * GROUPS]
@@ -186,7 +194,8 @@ class Plan:
             planes = [state[name].data_ptr() if name in names else 0 for name in ("state1", "state2", "state3")]
             maxima = [state[key].data_ptr() if key in state else 0 for key in ("absmax1", "absmax2")]
             step = state["step"].data_ptr()
-            rows.append((place, *planes, *maxima, params[i].numel(), step, 0, number, ordinal, 0, 1, 0, 0, 0))
+            begin = _distributed.first_element(self.owners[i])
+            rows.append((place, *planes, *maxima, params[i].numel(), step, 0, number, ordinal, begin, 1, 0, 0, 0))
             sources.append((i, 0))
         yield rows, sources, None
 
@@ -203,7 +212,7 @@ class Plan:
         rows: list[Any] = []
         sources: list[Any] = []
         for i, place, state, number, ordinal, names in common:
-            n, first = params[i].numel(), 0
+            n, first, begin = params[i].numel(), 0, _distributed.first_element(self.owners[i])
             itemsize = state["state1"].element_size()
             width = 2 if optimizer.optimizer_name == "ademamix" else 1
             maxima = 4 * TILE // _states.BLOCKSIZE if itemsize == 1 else 0
@@ -228,7 +237,7 @@ class Plan:
                 p = place + first * params[i].element_size()
                 last = int(first + count == n)
                 step = state["step"].data_ptr()
-                rows.append((p, *addresses, count, step, 0, number, ordinal, first, last, 0, 0, 0))
+                rows.append((p, *addresses, count, step, 0, number, ordinal, begin + first, last, 0, 0, 0))
                 sources.append((i, first * grads[i].element_size()))
                 first += count
         if rows:

@@ -8,7 +8,7 @@ import torch
 
 from fewbits._checks import DTYPES
 from fewbits.optim import _paging, _states
-from fewbits.optim._families import FAMILIES, check_8bit
+from fewbits.optim._families import check_8bit
 from fewbits.optim._paged_states import is_capturing
 
 if TYPE_CHECKING:
@@ -47,17 +47,6 @@ def check_tensors(members: list[Member], params: list[torch.Tensor], grads: list
             raise ValueError(f"{where}: expected a tensor of distinct elements, got strides {tuple(p.stride())}")
         if not isinstance(p, torch.nn.Parameter) and type(p) is not torch.Tensor:
             raise TypeError(f"{where}: expected a plain tensor, got {type(p).__name__}")
-
-
-def check_local(optimizer: Stepping) -> None:
-    """Raise if a step needs norms of whole tensors, of which this process has a part."""
-    for what, wanted in (
-        ("max_grad_norm: expected None", optimizer.max_grad_norm is not None),
-        ("skip_nonfinite: expected False", optimizer.skip_nonfinite),
-        (f"params: expected whole tensors for {optimizer.optimizer_name}", FAMILIES[optimizer.optimizer_name].trust),
-    ):
-        if wanted:
-            raise ValueError(f"{what}, got distributed parameters, whose norms would be those of one process")
 
 
 def prepare_states(

@@ -79,7 +79,10 @@ class Stepping(Persistent):
                 bundle.control = torch.zeros(2, dtype=torch.int32, device=bundle.device)
         partials = [bundle.norms() for bundle in plan.bundles] if need_norm else []
         joined = partials[0] if len(partials) == 1 else None
-        if len(partials) > 1:
+        if plan.reducer is not None and need_norm:
+            rows = [bundle.row_sums(part) for bundle, part in zip(plan.bundles, partials, strict=True)]
+            joined = plan.reducer.reduce_total(rows, first.home)
+        elif len(partials) > 1:
             joined = torch.cat([part.to(first.home) for part in partials])
         first.decide(joined, float(self.max_grad_norm or 0.0), scale, inf, self.skip_nonfinite)
         for bundle in plan.bundles[1:]:

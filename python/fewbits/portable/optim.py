@@ -11,6 +11,7 @@ import torch
 from fewbits._checks import block_count
 from fewbits._launch import dense
 from fewbits.optim import _states
+from fewbits.optim._distributed import Reducer, sums_of_rows
 from fewbits.optim._families import FAMILIES, unpack
 from fewbits.portable import optim_norms as norms
 from fewbits.portable.blockwise import PIECE, decode, encode, normalize
@@ -60,6 +61,7 @@ class Entry(NamedTuple):
     step: torch.Tensor
     planes: list[Plane]
     config: Config
+    first: int  # where a shard begins in the parameter
 
 
 class PortableBundle:
@@ -73,6 +75,7 @@ class PortableBundle:
         self.entries: list[Entry] = []
         self.grads: list[torch.Tensor] = []
         self.control: torch.Tensor | None = None
+        self.reducer: Reducer | None = None  # of distributed parameters
 
     def send(self, addresses: list[int], grads: list[torch.Tensor], capturing: bool) -> None:
         """Take the gradients of all parameters of the optimizer."""
@@ -90,6 +93,11 @@ class PortableBundle:
             g = self._gradient(entry)
             found += [norms.tile_sums(g[first:last].to(torch.float32)) for first, last in _pieces(g.numel())]
         return torch.cat(found) if found else torch.empty(0, dtype=torch.float64, device="cpu")
+
+    def row_sums(self, partials: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
+        """Return the sums of entries, and whose they are."""
+        tiles = [-(-entry.p.numel() // norms.TILE) for entry in self.entries]
+        return sums_of_rows(partials, tiles), [entry.gradient for entry in self.entries]
 
     def decide(
         self, partials: torch.Tensor | None, max_norm: float, scale: Any, inf: Any, skip_nonfinite: bool
@@ -116,12 +124,12 @@ class PortableBundle:
 
     def _update(self, entry: Entry, c: Moment, scale: float | None) -> None:
         p, g, planes = dense(entry.p.detach()), self._gradient(entry), entry.planes
-        ratio = self._ratio(c, p.view(-1), g, planes, scale) if self.family.trust and c.group["trust"] else 1.0
+        ratio = self._ratio(entry, c, p.view(-1), g, scale) if self.family.trust and c.group["trust"] else 1.0
         flat, stochastic = p.view(-1), self.stochastic and p.dtype == torch.bfloat16
         for first, last in _pieces(flat.numel()):
             wide, states = RULES[self.name](c, *_read(flat, g, planes, scale, first, last), ratio)
             if stochastic:
-                random = halves(first, last - first, c.t, entry.ordinal, self.seed, self.device)
+                random = halves(entry.first + first, last - first, c.t, entry.ordinal, self.seed, self.device)
                 wide = round_stochastically(wide, random)
             flat[first:last] = wide
             for plane, values in zip(planes, states, strict=True):
@@ -129,7 +137,8 @@ class PortableBundle:
         if p.data_ptr() != entry.p.data_ptr() or not entry.p.is_contiguous() or entry.p.is_neg():
             entry.p.detach().copy_(p)
 
-    def _ratio(self, c: Moment, p: torch.Tensor, g: torch.Tensor, planes: list[Plane], scale: float | None) -> float:
+    def _ratio(self, entry: Entry, c: Moment, p: torch.Tensor, g: torch.Tensor, scale: float | None) -> float:
+        planes = entry.planes
         sums: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
         for first, last in _pieces(p.numel()):
             wide, u, states = _read(p, g, planes, scale, first, last)
@@ -137,15 +146,27 @@ class PortableBundle:
                 u, _ = lamb_direction(c, wide, u, states)
             sums[0].append(norms.tile_sums(wide))
             sums[1].append(norms.tile_sums(u))
+        decay = None if self.name == "lamb" else c.group["weight_decay"]
+        if self.reducer is not None:
+            mine = torch.tensor([[norms.total(torch.cat(part)) if part else 0.0 for part in sums]], dtype=torch.float64)
+            whole = self.reducer.reduce_rows(mine, [entry.gradient])[0]
+            sums = [whole[:1]], [whole[1:]]
         if not sums[0]:
             return 1.0
-        decay = None if self.name == "lamb" else c.group["weight_decay"]
         return norms.trust_ratio(torch.cat(sums[0]), torch.cat(sums[1]), c.group["trust"], decay)
 
 
-def entry_of(family: str, gradient: int, ordinal: int, p: torch.Tensor, state: dict[str, Any], config: Config) -> Entry:
+def entry_of(
+    family: str,
+    gradient: int,
+    ordinal: int,
+    p: torch.Tensor,
+    state: dict[str, Any],
+    config: Config,
+    first: int = 0,
+) -> Entry:
     """Return a parameter with its states, in the order of its rule."""
-    return Entry(gradient, ordinal, p, state["step"], _planes(family, state, config.names), config)
+    return Entry(gradient, ordinal, p, state["step"], _planes(family, state, config.names), config, first)
 
 
 def _pieces(n: int) -> Iterator[tuple[int, int]]:
