@@ -67,6 +67,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("slow: set FEWBITS_SLOW=1")
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Tests with transformers make fewbits bitsandbytes for their whole process: they run where they are asked for."""
+    asked = any("test_hf" in argument for argument in config.args)
+    return True if collection_path.name.startswith("test_hf") and not asked else None
+
+
 @pytest.fixture(scope="session", params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 def device(request: pytest.FixtureRequest) -> torch.device:
     """Each device that a test must pass on: the same test, the same bytes."""
