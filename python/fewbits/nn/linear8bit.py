@@ -119,24 +119,17 @@ class Linear8bitLt(Module8bit, nn.Linear):
         weight: Any = self._parameters.get("weight")
         if not tracing:
             state.is_training = self.training
-            short = not state.force_no_igemmlt
-            if short and type(weight) is Gathered8bit and (prepared := weight.prepared) is not None:
+            kind = type(weight)
+            if kind is Int8Params:
+                scales = state.SCB if weight.SCB is None else None
+            elif kind is Gathered8bit:
+                scales = weight.SCB
                 if self._SCB is not None or state.SCB is not None:
                     self._forget_scales()
-                done = _int8_prepared.multiply(
-                    prepared, weight, weight.SCB, x, state.threshold, self._parameters["bias"]
-                )
-                if done is not None:
-                    return done
-            elif (
-                short
-                and type(weight) is Int8Params
-                and (prepared := weight.prepared) is not None
-                and weight.SCB is None
-            ):
-                done = _int8_prepared.multiply(
-                    prepared, weight, state.SCB, x, state.threshold, self._parameters["bias"]
-                )
+            else:
+                scales = None
+            if scales is not None and (prepared := weight.prepared) is not None and not state.force_no_igemmlt:
+                done = _int8_prepared.multiply(prepared, weight, scales, x, state.threshold, self._parameters["bias"])
                 if done is not None:
                     return done
             _differences.cast_bias(self.bias, x.dtype)
