@@ -45,7 +45,7 @@ HEADINGS = {
     "target": "target",
     "met": "met",
 }
-NOTES = RESULTS / "notes.json"  # why a target is missed: {"blockwise-cuda": {"work, dtype, ...": "reason"}}
+NOTES = RESULTS / "notes.json"  # why a target is missed: {"blockwise-cuda": {"work, dtype, ..." or "work": "reason"}}
 
 
 def elements(n: int) -> str:
@@ -91,7 +91,7 @@ def section(path: Path, reasons: dict[str, str]) -> list[str]:
     if judged:
         lines += [f"{len(judged) - len(misses)} of {len(judged)} targets met.", ""]
     for row in misses:
-        reason = reasons.get(identity(row))
+        reason = reasons.get(identity(row), reasons.get(row["work"]))
         lines.append(f"- missed: {identity(row)} (target {row['target']}){f': {reason}' if reason else ''}")
     return [*lines, *([""] if misses else []), *table(content["rows"]), ""]
 

@@ -85,8 +85,9 @@ def run_commands(page: str, available: Collection[str], folder: Path, python: Pa
     """Run the page's commands with an interpreter whose environment they may change."""
     for block in runnable(page, ["sh", "console"], available):
         for words, output in block.commands:
-            if words[0] == "python" and words[1].startswith("examples/"):
-                _check_script(words[1], words[2:])
+            script = next((i for i, word in enumerate(words) if word.startswith("examples/")), None)
+            if words[0] in ("python", "torchrun") and script is not None:
+                _check_script(words[script], words[script + 1 :])
                 continue
             assert words[0] == "fewbits" or words[:2] == ["python", "-m"], f"{page}: nobody knows how to run {words}"
             arguments = ["-m", *words] if words[0] == "fewbits" else words[1:]
