@@ -25,7 +25,7 @@ from torch.distributed.tensor.parallel import parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 import fewbits.optim
-from common import Row, judge, medians, save, show, wall_us
+from common import Row, captured, judge, medians, save, show, wall_us
 from distributed_model import LLAMA_8B, LLAMA_70B, TINY, Model, packed_bytes
 from fewbits.distributed import ColwiseParallel, RowwiseParallel
 
@@ -189,19 +189,6 @@ def decoding() -> list[Row]:
         row: Row = {"work": work, "value": together, "one_gpu": alone, "ratio": together / alone}
         rows.append(judge(row, "ratio", 1.0, "× one GPU"))
     return rows
-
-
-def captured(run: Callable[[], None]) -> Callable[[], None]:
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph.replay
 
 
 def optimizing() -> list[Row]:

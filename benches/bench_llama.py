@@ -32,7 +32,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fewbits
 import fewbits.nn
-from common import Row, bitsandbytes, cell, judge, medians, save, show, wall_us
+from common import Row, bitsandbytes, captured, cell, judge, medians, save, show, wall_us
 
 PARTS = ("decode", "prefill", "train")
 PROMPT, CACHE, TOKENS = 256, 384, 32  # of decode: tokens before, room for, measured in a row
@@ -208,19 +208,6 @@ def decode(model: transformers.LlamaForCausalLM, graph: bool = True) -> Iterator
                     call()
 
             yield f"decode, {name}, batch {batch}", milliseconds(generate) / count
-
-
-def captured(step: Callable[[], None]) -> Callable[[], None]:
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
 
 
 def prefill(model: transformers.LlamaForCausalLM) -> Iterator[tuple[str, float]]:

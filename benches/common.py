@@ -88,6 +88,20 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
+def captured(step: Callable[[], None]) -> Callable[[], None]:
+    """Return the replay of a CUDA graph of a step, which is warmed up before."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
 def medians(timers: Sequence[Callable[[], float] | None], rounds: int = 7) -> list[float | None]:
     """Medians of several timers, taken in turn so that a drifting machine hits all alike; round one is dropped.
 

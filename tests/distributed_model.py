@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
@@ -60,6 +61,18 @@ def shard(model: nn.Sequential, **options: Any) -> nn.Sequential:
 def inputs(device: torch.device, seed: int, rows: int = 4, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(rows, LAYERS[0][2], generator=generator).to(device, dtype).requires_grad_()
+
+
+def backward_of_both(sharded: nn.Module, whole: nn.Module, batch: torch.Tensor) -> None:
+    """Give both gradients, of one on this rank's part of the batch, and compare their losses."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    loss = (sharded(batch.chunk(world)[rank]) - 0.5).square().mean()
+    expected = (whole(batch) - 0.5).square().mean()
+    loss.backward()
+    expected.backward()
+    total = loss.detach().clone()
+    dist.all_reduce(total)
+    torch.testing.assert_close(total / world, expected.detach(), rtol=1e-4, atol=1e-6)
 
 
 def same(a: torch.Tensor, b: torch.Tensor, what: str) -> None:

@@ -16,7 +16,7 @@ import fewbits.optim
 from ranks import Ranks
 
 try:
-    from distributed_model import build, inputs
+    from distributed_model import backward_of_both, build, inputs
 except ImportError:
     pytest.skip("this torch has no fully_shard", allow_module_level=True)
 
@@ -38,17 +38,9 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
 
 def compare(engine: nn.Module, whole: nn.Module, device: torch.device, make: Any, steps: int = 6) -> Any:
     """Train both, one on this rank's part of the batch; return the optimizer of the engine."""
-    rank, world = dist.get_rank(), dist.get_world_size()
     ours, plain = make(trainable(engine)), make(trainable(whole))
     for t in range(steps):
-        batch = inputs(device, t, rows=8).detach()
-        loss = (engine(batch.chunk(world)[rank]) - 0.5).square().mean()
-        expected = (whole(batch) - 0.5).square().mean()
-        loss.backward()
-        expected.backward()
-        total = loss.detach().clone()
-        dist.all_reduce(total)
-        torch.testing.assert_close(total / world, expected.detach(), rtol=1e-4, atol=1e-6)
+        backward_of_both(engine, whole, inputs(device, t, rows=8).detach())
         for optimizer in (ours, plain):
             optimizer.step()
             optimizer.zero_grad()

@@ -24,7 +24,7 @@ try:
 except ImportError:
     pytest.skip("this torch has no fully_shard", allow_module_level=True)
 
-from distributed_model import build, inputs, same, shard
+from distributed_model import backward_of_both, build, inputs, same, shard
 
 # ---- forward and backward ------------------------------------------------------------------------------------------
 
@@ -70,22 +70,13 @@ def test_forward_and_backward(ranks: Ranks, world: int) -> None:
 
 def trains(device: torch.device) -> None:
     """Each rank has its part of the batch; losses and adapters are those of the whole batch in one process."""
-    rank, world = dist.get_rank(), dist.get_world_size()
     model = build(device)
     whole = copy.deepcopy(model)
     shard(model)
     trainable = [[p for p in m.parameters() if p.requires_grad] for m in (model, whole)]
     ours, plain = (fewbits.optim.AdamW32bit(params, lr=1e-2) for params in trainable)
     for t in range(10):
-        batch = inputs(device, t, rows=8).detach()
-        mine = batch.chunk(world)[rank]
-        loss = (model(mine) - 0.5).square().mean()
-        expected = (whole(batch) - 0.5).square().mean()
-        loss.backward()
-        expected.backward()
-        total = loss.detach().clone()
-        dist.all_reduce(total)
-        torch.testing.assert_close(total / world, expected.detach(), rtol=1e-4, atol=1e-6)
+        backward_of_both(model, whole, inputs(device, t, rows=8).detach())
         ours.step()
         plain.step()
         ours.zero_grad()

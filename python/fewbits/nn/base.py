@@ -209,11 +209,7 @@ class QuantizedModule(nn.Module):
             missing_keys.append(name)
         errors: list[str] = []
         undo = self._undo()
-        self._parameters["weight"] = None
-        try:
-            load(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, errors)
-        finally:
-            self._parameters["weight"] = weight
+        self._load_others(load, rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, errors)
         if errors:
             undo()
             error_msgs += errors

@@ -18,32 +18,26 @@ from fewbits.quant_state import QuantState
 _IDENTITIES = {torch.as_strided, torch.Tensor.as_strided, torch.Tensor.detach}
 
 
-class Gathered4bit(Params4bit):
+class _Gathered:
+    """What parameters in gathered memory have in common; comes before the quantized parameter among the bases."""
+
+    gathered = True
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in _IDENTITIES and isinstance(args[0], cls):
+            return args[0]
+        return super().__torch_function__(func, types, args, kwargs)  # type: ignore[misc]
+
+
+class Gathered4bit(_Gathered, Params4bit):
     """All codes of a sharded `Params4bit`, with all of their scales, while a layer works."""
 
-    gathered = True
 
-    @classmethod
-    def __torch_function__(
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func in _IDENTITIES and isinstance(args[0], cls):
-            return args[0]
-        return super().__torch_function__(func, types, args, kwargs)
-
-
-class Gathered8bit(Int8Params):
+class Gathered8bit(_Gathered, Int8Params):
     """All codes of a sharded `Int8Params`, with all of their scales, while a layer works."""
-
-    gathered = True
-
-    @classmethod
-    def __torch_function__(
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func in _IDENTITIES and isinstance(args[0], cls):
-            return args[0]
-        return super().__torch_function__(func, types, args, kwargs)
 
 
 class Recipe4bit(Recipe):

@@ -104,7 +104,7 @@ struct Wide {
         const ColumnKinds kinds{p.o.mask, (int)p.o.k};
         int taken = 0;
         bool known = false, two = false;
-        auto is_known = [&]() {
+        auto takes_two = [&]() {
             if (!known) two = takes_two_passes(p, barriers), known = true;
             return two;
         };
@@ -120,12 +120,12 @@ struct Wide {
                 c.next();
             };
             for (int slot = piece.first; slot < piece.last; slot++) {
-                if (MAY_TAKE_TWO && taken >= SLOTS && is_known() && !takes_codes(kinds, slot, taken)) continue;
+                if (MAY_TAKE_TWO && taken >= SLOTS && takes_two() && !takes_codes(kinds, slot, taken)) continue;
                 ask(slot, p.codes, slot * STEP);
                 taken++;
             }
             if constexpr (MAY_TAKE_TWO) {
-                for (int half_slot = 2 * piece.first; is_known() && half_slot < 2 * piece.last; half_slot++)
+                for (int half_slot = 2 * piece.first; takes_two() && half_slot < 2 * piece.last; half_slot++)
                     if (kinds.has_outliers(half_slot)) ask(half_slot / 2, p.x, half_slot * (STEP / 2));
             }
         }
