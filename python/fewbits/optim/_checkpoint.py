@@ -30,30 +30,30 @@ def packed(state: Mapping[Any, Any], params: Sequence[Any], family: str) -> dict
         if not isinstance(given, dict):
             result[key] = given
             continue
-        if type(key) is int and key < len(params) and _distributed.is_distributed(params[key]):
-            result[key] = _sharded_states.exported(family, params[key], given)
-            if isinstance(step := given.get("step"), torch.Tensor):
-                counters.setdefault(step.device, []).append((key, step))
-            continue
-        if type(key) is int and key < len(params) and _distributed.is_flattened(params[key]):
+        p = params[key] if type(key) is int and key < len(params) else None
+        if _distributed.is_distributed(p):
+            result[key] = _sharded_states.exported(family, p, given)
+        elif _distributed.is_flattened(p):
             result[key] = _sharded_states.flattened(family, given)
-            if isinstance(step := given.get("step"), torch.Tensor):
-                counters.setdefault(step.device, []).append((key, step))
-            continue
-        outer = {name: value for name, value in given.items() if name not in _states.QUANT_KEYS}
-        inner = {name: given[name] for name in _states.QUANT_KEYS if name in given}
-        if trust and inner:  # bitsandbytes keeps a norm there; it only has to exist
-            inner["unorm_vec"] = torch.zeros(1, device=inner["state1"].device if "state1" in inner else None)
-        step = outer.get("step")
-        if isinstance(step, torch.Tensor):
+        else:
+            result[key] = _nested(given, trust)
+        if isinstance(step := given.get("step"), torch.Tensor):
             counters.setdefault(step.device, []).append((key, step))
-        if inner:
-            outer[_states.QUANT_STATE] = inner
-        result[key] = outer
     for found in counters.values():  # one wait a device
         for (key, _), count in zip(found, torch.stack([step.reshape(()) for _, step in found]).tolist(), strict=True):
             result[key]["step"] = int(count)
     return result
+
+
+def _nested(given: Mapping[str, Any], trust: bool) -> dict[str, Any]:
+    """Return the state of an ordinary parameter."""
+    outer = {name: value for name, value in given.items() if name not in _states.QUANT_KEYS}
+    inner = {name: given[name] for name in _states.QUANT_KEYS if name in given}
+    if trust and inner:  # bitsandbytes keeps a norm there; it only has to exist
+        inner["unorm_vec"] = torch.zeros(1, device=inner["state1"].device if "state1" in inner else None)
+    if inner:
+        outer[_states.QUANT_STATE] = inner
+    return outer
 
 
 def loaded(
