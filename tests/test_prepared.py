@@ -42,6 +42,9 @@ class Kernel:
 
     calls = 0
 
+    def __init__(self) -> None:
+        self.versions: list[int] = []
+
 
 class Weight:
     """What stands for `_native.Weight4bit`: it multiplies by the addresses that it is given."""
@@ -51,8 +54,11 @@ class Weight:
     def __init__(self, *numbers: int) -> None:
         self.numbers = numbers
 
-    def matmul(self, x: int, m: int, number: int, bias: int, out: int, workspace: int, device: int, queue: int) -> bool:
+    def matmul(
+        self, x: int, m: int, number: int, bias: int, out: int, workspace: int, device: int, queue: int, version: int
+    ) -> bool:
         self.kernel.calls += 1
+        self.kernel.versions.append(version)
         _, n, k, *_ = self.numbers
         dtype = TYPES[number]
         panel = torch.empty(n, k, dtype=dtype)

@@ -190,7 +190,7 @@ class Weight4bit:
         offset: int,
     ) -> Weight4bit: ...
     def matmul(
-        self, x: int, m: int, dtype: int, bias: int, out: int, workspace: int, device: int, queue: int
+        self, x: int, m: int, dtype: int, bias: int, out: int, workspace: int, device: int, queue: int, version: int
     ) -> bool: ...
 
 def int8_quantize_rows(

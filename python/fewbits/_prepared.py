@@ -7,7 +7,8 @@ swapped state is noticed. Where it does not serve, `autograd.matmul_4bit` does t
 
 from __future__ import annotations
 
-from typing import Any
+import weakref
+from typing import Any, NamedTuple
 
 import torch
 
@@ -42,15 +43,17 @@ class Prepared:
         "nested",
         "ordinal",
         "plain",
+        "tracked",
     )
 
-    def __init__(self, B: torch.Tensor, state: QuantState, native: _Native, ordinal: int) -> None:
+    def __init__(self, B: torch.Tensor, state: QuantState, native: _Native, ordinal: int, tracked: bool) -> None:
         self.matmul, self.n, self.k = _native.Weight4bit(*native).matmul, native[1], native[2]
         self.bound = Bound(native, (self.n, self.k), ())
         self.device, self.ordinal, self.base = B.device, ordinal, storage_address(B)
         self.absmax, self.absmax_address = state.absmax, state.absmax.data_ptr()
         self.plain = (state.shape, state.blocksize, state.quant_type)
         self.nested = _nested_of(state, native[6]) if state.nested else None
+        self.tracked = tracked
 
     def describes(self, B: torch.Tensor, state: QuantState) -> bool:
         """Return whether codes and a state are still what this was read from."""
@@ -94,8 +97,12 @@ def _is_same(nested: _Nested, state: QuantState) -> bool:
     )
 
 
-def prepare(B: Any, state: QuantState) -> Prepared | None:
-    """Return a weight prepared, or None if there is something about it that native code cannot take as it is."""
+def prepare(B: Any, state: QuantState, tracked: bool = False) -> Prepared | None:
+    """Return a weight prepared, or None if there is something about it that native code cannot take as it is.
+
+    `tracked` says that the versions of `B` and of the maxima count whatever is written to them: kernels may then start
+    with the weight while the kernel before them still runs, once one has waited with these versions.
+    """
     absmax, shape = state.absmax, state.shape
     blocksize: Any = state.blocksize
     if type(B) not in PLAIN_TYPES or type(absmax) is not _Tensor or type(shape) is not torch.Size or len(shape) != 2:
@@ -117,7 +124,7 @@ def prepare(B: Any, state: QuantState) -> Prepared | None:
         native = (B.data_ptr(), n, k, blocksize, number, absmax.data_ptr(), 0, 0, 0, 0)
     else:
         return None
-    return Prepared(B, state, native, ordinal)
+    return Prepared(B, state, native, ordinal, tracked)
 
 
 class _Held:
@@ -129,7 +136,7 @@ class _Held:
         self.prepared, self.codes, self.state = prepared, codes, state
 
     def run(self, A: torch.Tensor, bias: torch.Tensor | None, call: Arguments) -> torch.Tensor:
-        return _run(self.prepared, A, bias, call)
+        return _run(self.prepared, self.codes, A, bias, call)
 
     def parts(self) -> tuple[torch.Tensor | None, ...]:
         nested = self.prepared.nested
@@ -159,27 +166,74 @@ def multiply(
     if not prepared.describes(B, state):
         B.__dict__.pop("prepared", None)
         return None
+    return _multiply(prepared, B, state, A, bias)
+
+
+def _multiply(
+    prepared: Prepared, B: torch.Tensor, state: QuantState, A: Any, bias: torch.Tensor | None
+) -> torch.Tensor | None:
     call = arguments(prepared, A, bias)
     if call is None:
         return None
     if wants_grad(A, bias):
         result: torch.Tensor = Product.apply(A, bias, _Held(prepared, B, state), call)
         return result
-    return _run(prepared, A, bias, call)
+    return _run(prepared, B, A, bias, call)
 
 
-def _run(prepared: Prepared, A: torch.Tensor, bias: torch.Tensor | None, call: Arguments) -> torch.Tensor:
+def _run(
+    prepared: Prepared, B: torch.Tensor, A: torch.Tensor, bias: torch.Tensor | None, call: Arguments
+) -> torch.Tensor:
     (m, number, bias_address, y, queue), n, k, ordinal = call, prepared.n, prepared.k, prepared.ordinal
+    version = B._version + prepared.absmax._version if prepared.tracked else -1
     scratch = workspace(A, m, n, k, ordinal)
     address = 0 if scratch is None else scratch.data_ptr()
-    if not prepared.matmul(A.data_ptr(), m, number, bias_address, y.data_ptr(), address, ordinal, queue):
+    if not prepared.matmul(A.data_ptr(), m, number, bias_address, y.data_ptr(), address, ordinal, queue, version):
         multiply_panels(prepared.bound, A.view(m, k), bias, y.view(m, n))
     return y
 
 
+class _Kept(NamedTuple):
+    """What was prepared for a state, as long as that lives."""
+
+    state: weakref.ref[QuantState]
+    codes: weakref.ref[torch.Tensor]  # not a view of them
+    elements: int
+    prepared: Prepared
+
+
+_kept: dict[int, _Kept] = {}  # by the id of the state
+
+
 def matmul_4bit(A: Any, B: Any, state: QuantState, bias: torch.Tensor | None) -> torch.Tensor | None:
-    """Return `multiply`'s result for a weight that nobody has prepared. Not for the compiler either."""
+    """Return `multiply`'s result for codes and a state that no parameter keeps. Not for the compiler either."""
     if is_observed() or type(A) is not _Tensor or (bias is not None and not isinstance(bias, _Tensor)):
         return None
-    prepared = prepare(B, state)
-    return None if prepared is None else multiply(prepared, B, state, A, bias)
+    if type(B) not in PLAIN_TYPES:
+        return None
+    codes = B if B._base is None else B._base
+    kept = _kept.get(id(state))
+    if (
+        kept is not None
+        and kept.codes() is codes
+        and kept.elements == B.numel()
+        and B.is_contiguous()
+        and kept.prepared.describes(B, state)
+    ):
+        prepared: Prepared | None = kept.prepared
+    else:
+        prepared = _keep(B, codes, state)
+    return None if prepared is None else _multiply(prepared, B, state, A, bias)
+
+
+def _keep(B: torch.Tensor, codes: torch.Tensor, state: QuantState) -> Prepared | None:
+    tracked = not (B.is_inference() or state.absmax.is_inference())
+    prepared, key = prepare(B, state, tracked), id(state)
+    if prepared is not None:
+
+        def forget(dead: weakref.ref[QuantState]) -> None:
+            if key in _kept and _kept[key].state is dead:
+                del _kept[key]
+
+        _kept[key] = _Kept(weakref.ref(state, forget), weakref.ref(codes), B.numel(), prepared)
+    return prepared

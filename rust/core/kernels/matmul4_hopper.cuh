@@ -22,6 +22,7 @@ struct Problem {
     NestedSource nested;
     Output out;
     int k, log2_blocksize, quant_type;
+    int settled;  // 0 where the kernel before may still write the codes or the scales
 
     // Whole slots of codes: what lies past the last column reads as 0.
     __device__ __forceinline__ int slot_count() const { return (k + SLOT_COLUMNS - 1) / SLOT_COLUMNS; }

@@ -50,18 +50,33 @@ struct Mid {
     static __device__ __forceinline__ unsigned code_slot(unsigned base, int slot) {
         return base + (slot < BELOW ? TABLE - (slot + 1) * CODES : CODE_RING + (slot - BELOW) * CODES);
     }
-    static __device__ __forceinline__ void produce(const Problem& p, unsigned base, const Barriers& barriers, unsigned rank) {
+
+    // Asks for a slot of the weight, whose place in the ring is free.
+    static __device__ __forceinline__ void ask_weight(const Problem& p, unsigned base, const Barriers& barriers, int place, int row, int slot) {
+        const unsigned here = barriers.codes_here + place * 8;
+        expect_bytes(here, CODES + SCALES);
+        copy_box(code_slot(base, place), &p.codes, slot * SLOT_COLUMNS / 2, row, here);
+        copy_box(base + SCALE_RING + place * SCALES, &p.scales, p.first_scale(slot, NESTED), row, here);
+    }
+    // Before the previous kernel has ended: one slot, returned. More of them, or in clusters, would be in its way.
+    static __device__ __forceinline__ int ask_first(const Problem& p, unsigned base, const Barriers& barriers) {
+        if (!p.settled || SPLIT > 1 || blockIdx.x >= tile_count(p) || p.slot_count() == 0) return 0;
+        ask_weight(p, base, barriers, 0, row_of(p, blockIdx.x), 0);
+        return 1;
+    }
+
+    // `asked` slots of the weight have been asked for.
+    static __device__ __forceinline__ void produce(const Problem& p, unsigned base, const Barriers& barriers, unsigned rank, int asked) {
         Cursor<CODE_SLOTS> c;
         Cursor<TOKEN_SLOTS> t;
         const int tiles = tile_count(p), first = slot_bound(p, rank), last = slot_bound(p, rank + 1);
         for (int tile = blockIdx.x / SPLIT; tile < tiles; tile += gridDim.x / SPLIT) {
             const int row = row_of(p, tile), token = token_of(p, tile);
             for (int slot = first; slot < last; slot++) {
-                wait_mbarrier(barriers.codes_free + c.slot * 8, c.round ^ 1);
-                const unsigned codes_here = barriers.codes_here + c.slot * 8;
-                expect_bytes(codes_here, CODES + SCALES);
-                copy_box(code_slot(base, c.slot), &p.codes, slot * SLOT_COLUMNS / 2, row, codes_here);
-                copy_box(base + SCALE_RING + c.slot * SCALES, &p.scales, p.first_scale(slot, NESTED), row, codes_here);
+                if (asked-- <= 0) {
+                    wait_mbarrier(barriers.codes_free + c.slot * 8, c.round ^ 1);
+                    ask_weight(p, base, barriers, c.slot, row, slot);
+                }
                 c.next();
                 for (int q = 0; q < SLOT_STEPS; q++) {
                     wait_mbarrier(barriers.tokens_free + t.slot * 8, t.round ^ 1);
@@ -201,7 +216,8 @@ struct Mid {
         const unsigned base = shared_address(shared), rank = SPLIT == 1 ? 0 : cluster_rank();
         const Barriers barriers(base);
         float* const nested_code = reinterpret_cast<float*>(shared + NESTED_CODE);
-        if (threadIdx.x == 0) {
+        int asked = 0;
+        if (threadIdx.x == CONSUMERS) {
             for (int i = 0; i < CODE_SLOTS; i++) {
                 init_mbarrier(barriers.codes_here + i * 8, 1);
                 init_mbarrier(barriers.codes_free + i * 8, 4 * GROUPS * HALVES);
@@ -212,7 +228,9 @@ struct Mid {
             }
             publish_mbarriers();
             prefetch_map(&p.codes), prefetch_map(&p.scales), prefetch_map(&p.tokens);
+            asked = ask_first(p, base, barriers);
         }
+        __syncwarp();
         Table::fill(base + TABLE, p.quant_type);
         if (NESTED && !p.nested.code) load_nested_code(nested_code, nullptr);
         wait_for_previous_kernel();
@@ -221,7 +239,7 @@ struct Mid {
         __syncthreads();
         if (threadIdx.x >= CONSUMERS) {
             release_registers<GROUPS * HALVES == 2 ? 40 : 32>();
-            if (threadIdx.x == CONSUMERS) produce(p, base, barriers, rank);
+            if (threadIdx.x == CONSUMERS) produce(p, base, barriers, rank, asked);
         } else {
             take_registers<GROUPS * HALVES == 2 ? 232 : 112>();
             consume(p, base, barriers, nested_code, rank);

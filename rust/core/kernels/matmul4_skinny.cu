@@ -26,7 +26,7 @@ struct Problem {
     void* y;
     int m, n, k;
     int log2_blocksize, quant_type;
-    int ahead;  // stages that are brought near before the previous kernel has ended
+    int settled;  // 0 where the previous kernel may still write the codes or the scales
 };
 
 // HELD: the tokens of a warp's NPER stages stay in registers. READ: they are read again for each tile. COPIED: they come with the
@@ -44,6 +44,8 @@ struct Skinny {
     static constexpr int BUFFERS = IN_TABLE && GROUPS * SUMS * 2 <= 8192 ? 2 : 1;
     static_assert(!IN_TABLE || GROUPS * SUMS * BUFFERS <= 8192, "room for the partial sums");
     static constexpr int KEPT = TOKENS == HELD ? NPER : 1;  // stages of tokens in registers
+    // Whether the weight is read before the previous kernel has ended. With tokens in the ring it measured slower.
+    static constexpr bool EARLY = TOKENS != COPIED || NESTED;
     // A slot: codes and tokens; scales apart, so that slots start on 1024 bytes.
     static constexpr int CODES = ROWS * STAGE_BYTES, TOKEN_BYTES = TOKENS == COPIED ? 8 * NT * STAGE * 2 : 0;
     static constexpr int SLOT = CODES + TOKEN_BYTES, SCALES = ROWS * 16, RING = DEPTH * SLOT;
@@ -66,15 +68,16 @@ struct Skinny {
         }
     };
 
-    // One lane asks for a stage.
-    static __device__ __forceinline__ void ask(const Problem& p, const Place& at, unsigned slot, unsigned scales, unsigned barrier) {
+    // One lane asks for a stage: for the weight's part, then for the tokens.
+    static __device__ __forceinline__ void ask_weight(const Problem& p, const Place& at, unsigned slot, unsigned scales, unsigned barrier) {
         expect_bytes(barrier, SLOT + SCALES);
         copy_box(slot, &p.codes, at.stage * STAGE_BYTES, at.row0, barrier);
         copy_box(scales, &p.scales, first_scale(p, at.stage), at.row0, barrier);
+    }
+    static __device__ __forceinline__ void ask_tokens(const Problem& p, const Place& at, unsigned slot, unsigned barrier) {
         if (TOKENS == COPIED) {
 #pragma unroll
-            for (int b = 0; b < 4; b++)
-                copy_box(slot + CODES + b * 1024 * NT, &p.tokens, at.stage * STAGE + b * STEP, 0, barrier);
+            for (int b = 0; b < 4; b++) copy_box(slot + CODES + b * 1024 * NT, &p.tokens, at.stage * STAGE + b * STEP, 0, barrier);
         }
     }
 
@@ -211,21 +214,34 @@ struct Skinny {
 
         Place asked{first * ROWS, wk};
         int left = own * per;
-        auto ask_next = [&](int slot) {
-            if (left > 0) ask(p, asked, ring + slot * SLOT, scale_ring + slot * SCALES, barriers + slot * 8);
+        auto ask_weight_at = [&](const Place& at, int slot) {
+            ask_weight(p, at, ring + slot * SLOT, scale_ring + slot * SCALES, barriers + slot * 8);
+        };
+        auto ask_next = [&](int slot, bool has_weight) {
+            if (left > 0) {
+                if (!has_weight) ask_weight_at(asked, slot);
+                ask_tokens(p, asked, ring + slot * SLOT, barriers + slot * 8);
+            }
             asked.next(wk, per, in_hand * ROWS);
             left--;
         };
+        // Stages of the weight that are read before the previous kernel has ended. All that a short row has would be in its way.
+        const int early = !EARLY || !p.settled ? 0 : left > DEPTH ? DEPTH : 1;
         if (lane == 0) {
 #pragma unroll
             for (int d = 0; d < DEPTH; d++) init_mbarrier(barriers + d * 8, 1);
             publish_mbarriers();
             prefetch_map(&p.codes), prefetch_map(&p.scales);
             if (TOKENS == COPIED) prefetch_map(&p.tokens);
-            // Reading the codes must wait, bringing them near need not: a later write is seen in the L2 cache all the same.
+            // Reading what may still be written must wait, bringing it near need not: a later write is seen in the L2 cache all the same.
             Place near = asked;
-            for (int d = 0; d < min(p.ahead, left); d++) {
-                prefetch_box(&p.codes, near.stage * STAGE_BYTES, near.row0);
+#pragma unroll
+            for (int d = 0; d < DEPTH; d++) {
+                if (d >= left) break;
+                if (d < early)
+                    ask_weight_at(near, d);
+                else
+                    prefetch_box(&p.codes, near.stage * STAGE_BYTES, near.row0);
                 near.next(wk, per, in_hand * ROWS);
             }
         }
@@ -235,7 +251,7 @@ struct Skinny {
         wait_for_previous_kernel();
         if (lane == 0) {
 #pragma unroll
-            for (int d = 0; d < DEPTH; d++) ask_next(d);
+            for (int d = 0; d < DEPTH; d++) ask_next(d, d < early);
         }
         __syncwarp();
         let_next_kernel_start();
@@ -287,7 +303,7 @@ struct Skinny {
                     multiply_stage<E, Table>(packed, lane_base, scale, tokens[TOKENS == HELD ? i : 0], sum[r]);
                 }
                 __syncwarp();  // everybody has read the slot
-                if (lane == 0) ask_next(slot);
+                if (lane == 0) ask_next(slot, false);
                 if (++slot == DEPTH) slot = 0, phase ^= 1;
             }
 #pragma unroll

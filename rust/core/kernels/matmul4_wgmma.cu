@@ -63,8 +63,28 @@ struct Wide {
         return ((p.out.n + CLUSTER * ROWS - 1) / (CLUSTER * ROWS)) * ((p.out.m + COLUMNS - 1) / COLUMNS);
     }
 
+    // Asks for a slot of the weight, whose place in the ring is free.
+    static __device__ __forceinline__ void ask_weight(const Problem& p, unsigned base, const Barriers& barriers, int place, int row,
+                                                      int slot) {
+        const unsigned here = barriers.codes_here + place * 8;
+        expect_bytes(here, CODES + SCALES);
+        copy_box(base + CODE_RING + place * CODES, &p.codes, slot * SLOT_COLUMNS / 2, row, here);
+        copy_box(base + SCALE_RING + place * SCALES, &p.scales, p.first_scale(slot, NESTED), row, here);
+    }
+    // Before the previous kernel has ended: as much of the first piece as the ring takes. Returns how many slots.
+    static __device__ __forceinline__ int ask_first(const Problem& p, const Split& split, unsigned base, const Barriers& barriers,
+                                                    unsigned rank) {
+        Schedule schedule(tile_count(p), p.slot_count(), split.rounds);
+        Piece piece;
+        if (!p.settled || !schedule.next(piece)) return 0;
+        const int count = min(CODE_SLOTS, piece.last - piece.first), row = tile(p, piece.tile).row + rank * ROWS;
+        for (int i = 0; i < count; i++) ask_weight(p, base, barriers, i, row, piece.first + i);
+        return count;
+    }
+
+    // `asked` slots of the weight have been asked for.
     static __device__ __forceinline__ void produce(const Problem& p, const Split& split, unsigned base, const Barriers& barriers,
-                                                   unsigned rank) {
+                                                   unsigned rank, int asked) {
         Cursor<CODE_SLOTS> c;
         Cursor<TOKEN_SLOTS> t;
         Schedule schedule(tile_count(p), p.slot_count(), split.rounds);
@@ -73,11 +93,10 @@ struct Wide {
             const Tile at = tile(p, piece.tile);
             const int row = at.row + rank * ROWS, half = rank * (COLUMNS / 2);
             for (int slot = piece.first; slot < piece.last; slot++) {
-                wait_mbarrier(barriers.codes_free + c.slot * 8, c.round ^ 1);
-                const unsigned codes_here = barriers.codes_here + c.slot * 8;
-                expect_bytes(codes_here, CODES + SCALES);
-                copy_box(base + CODE_RING + c.slot * CODES, &p.codes, slot * SLOT_COLUMNS / 2, row, codes_here);
-                copy_box(base + SCALE_RING + c.slot * SCALES, &p.scales, p.first_scale(slot, NESTED), row, codes_here);
+                if (asked-- <= 0) {
+                    wait_mbarrier(barriers.codes_free + c.slot * 8, c.round ^ 1);
+                    ask_weight(p, base, barriers, c.slot, row, slot);
+                }
                 c.next();
                 for (int q = 0; q < SLOT_STEPS; q++) {
                     wait_mbarrier(barriers.tokens_free + t.slot * 8, t.round ^ 1);
@@ -245,7 +264,8 @@ struct Wide {
         const unsigned base = shared_address(shared), rank = cluster_rank();
         const Barriers barriers(base);
         float* const nested_code = reinterpret_cast<float*>(shared + NESTED_CODE);
-        if (threadIdx.x == 0) {
+        int asked = 0;
+        if (threadIdx.x == CONSUMERS) {
             for (int i = 0; i < CODE_SLOTS; i++) {
                 init_mbarrier(barriers.codes_here + i * 8, 1);
                 init_mbarrier(barriers.codes_free + i * 8, 8);
@@ -256,7 +276,9 @@ struct Wide {
             }
             publish_mbarriers();
             prefetch_map(&p.codes), prefetch_map(&p.scales), prefetch_map(&p.tokens);
+            asked = ask_first(p, split, base, barriers, rank);
         }
+        __syncwarp();
         if (UNSCALED)
             Table::fill(base + TABLE - SYSTEM, p.quant_type);
         else
@@ -268,7 +290,7 @@ struct Wide {
         cluster_sync();
         if (threadIdx.x >= CONSUMERS) {
             release_registers<40>();
-            if (threadIdx.x == CONSUMERS) produce(p, split, base, barriers, rank);
+            if (threadIdx.x == CONSUMERS) produce(p, split, base, barriers, rank, asked);
         } else {
             take_registers<232>();
             consume(p, split, base, barriers, nested_code, rank);

@@ -6,6 +6,7 @@
 use std::sync::OnceLock;
 
 use crate::blockwise::{Absmax, Blocks, check_absmax, check_addresses};
+use crate::cuda::Settled;
 use crate::{Dtype, Error, QuantType, Result, Target, cpu, cuda};
 
 /// A weight of `n` rows (output features) and `k` columns (input features).
@@ -23,6 +24,8 @@ pub struct Weight {
     pub quant_type: QuantType,
     /// The block scales.
     pub absmax: Absmax,
+    /// Whether codes and scales may be read before the previous kernel of the stream has ended: see [`Settled`].
+    pub settled: bool,
 }
 
 impl Weight {
@@ -117,5 +120,41 @@ pub unsafe fn matmul_4bit(weight: Weight, rows: Rows, target: Target) -> Result<
             Target::Cpu { threads } => cpu::matmul4::matmul_4bit(weight, rows, threads),
             Target::Cuda { device, stream } => cuda::matmul4::matmul_4bit(weight, rows, device, stream),
         }
+    }
+}
+
+/// A weight that is multiplied again and again.
+#[derive(Debug)]
+pub struct Kept {
+    weight: Weight,
+    settled: Settled,
+}
+
+impl Kept {
+    /// Keeps a weight.
+    pub fn new(weight: Weight) -> Self {
+        Self { weight, settled: Settled::default() }
+    }
+
+    /// As [`matmul_4bit`]. From the second call with a `version` on, the kernel may start with the weight before the previous one has
+    /// ended. The version changes whenever somebody writes to codes or scales; `None`: nobody knows.
+    ///
+    /// # Safety
+    /// As [`matmul_4bit`], and nobody has written to the weight since the first call with this version.
+    ///
+    /// # Errors
+    /// As [`matmul_4bit`].
+    pub unsafe fn matmul_4bit(&self, rows: Rows, version: Option<u64>, target: Target) -> Result<bool> {
+        let (Target::Cuda { stream, .. }, Some(version)) = (target, version) else {
+            // SAFETY: the caller's promise, handed on.
+            return unsafe { matmul_4bit(self.weight, rows, target) };
+        };
+        let settled = self.settled.is_settled(version, stream);
+        // SAFETY: as above.
+        let taken = unsafe { matmul_4bit(Weight { settled, ..self.weight }, rows, target)? };
+        if taken && !settled {
+            self.settled.waits(version, stream);
+        }
+        Ok(taken)
     }
 }

@@ -167,6 +167,7 @@ macro_rules! gemv {
                     blocksize: count("blocksize", blocksize)?,
                     quant_type: type_of(datatype, target)?,
                     absmax: Absmax::Plain(absmax as u64),
+                    settled: false,
                 };
                 let row = Rows { x: a as u64, m: 1, dtype: $dtype, bias: 0, out: out as u64, workspace: 0 };
                 // SAFETY: the caller's promise.

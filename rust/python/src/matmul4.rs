@@ -1,7 +1,6 @@
 //! Products with 4-bit weights. Arguments: `_native.pyi`.
 
-use fewbits_core::matmul4::{self, Rows, Weight};
-use fewbits_core::{Dtype, Target};
+use fewbits_core::matmul4::{self, Kept, Rows};
 use pyo3::prelude::*;
 
 use crate::blockwise::run;
@@ -33,7 +32,9 @@ pub fn matmul_4bit(
 ) -> Result<bool> {
     let weight =
         weight(codes, n, k, blocksize, quant_type, absmax, nested_code, nested_absmax, nested_blocksize, offset)?;
-    multiply(py, weight, x, m, self::dtype(dtype)?, bias, out, workspace, target(device, queue)?)
+    let (rows, target) = (Rows { x, m, dtype: self::dtype(dtype)?, bias, out, workspace }, target(device, queue)?);
+    // SAFETY: `fewbits._matmul` passes addresses of tensors of these sizes on this device and keeps them alive for the call.
+    run(py, target, move || unsafe { matmul4::matmul_4bit(weight, rows, target) })
 }
 
 /// Bytes of memory on the device that `matmul_4bit` of `m` rows with a weight of `n` x `k` goes faster with; 0 on the CPU.
@@ -44,7 +45,7 @@ pub fn matmul_4bit_workspace_size(m: usize, n: usize, k: usize, device: i64) -> 
 
 /// A 4-bit weight whose addresses and sizes are passed once, for callers that count every tenth of a microsecond.
 #[pyclass(frozen)]
-pub struct Weight4bit(Weight);
+pub struct Weight4bit(Kept);
 
 #[pymethods]
 impl Weight4bit {
@@ -63,10 +64,10 @@ impl Weight4bit {
     ) -> Result<Self> {
         let weight =
             weight(codes, n, k, blocksize, quant_type, absmax, nested_code, nested_absmax, nested_blocksize, offset)?;
-        Ok(Self(weight))
+        Ok(Self(Kept::new(weight)))
     }
 
-    /// As the function `matmul_4bit`.
+    /// As the function `matmul_4bit`. `version` changes whenever somebody writes to the weight's tensors; -1 where nobody knows.
     fn matmul(
         &self,
         py: Python<'_>,
@@ -78,24 +79,11 @@ impl Weight4bit {
         workspace: u64,
         device: i64,
         queue: u64,
+        version: i64,
     ) -> Result<bool> {
-        multiply(py, self.0, x, m, self::dtype(dtype)?, bias, out, workspace, target(device, queue)?)
+        let (rows, target) = (Rows { x, m, dtype: self::dtype(dtype)?, bias, out, workspace }, target(device, queue)?);
+        // SAFETY: `fewbits._prepared` passes addresses of tensors of these sizes on this device, keeps them alive for the call, and
+        // passes the versions that torch counts for them.
+        run(py, target, move || unsafe { self.0.matmul_4bit(rows, u64::try_from(version).ok(), target) })
     }
-}
-
-fn multiply(
-    py: Python<'_>,
-    weight: Weight,
-    x: u64,
-    m: usize,
-    dtype: Dtype,
-    bias: u64,
-    out: u64,
-    workspace: u64,
-    target: Target,
-) -> Result<bool> {
-    let rows = Rows { x, m, dtype, bias, out, workspace };
-    // SAFETY: `fewbits._matmul` and `fewbits._prepared` pass addresses of tensors of these sizes on this device and keep them alive
-    // for the call.
-    run(py, target, move || unsafe { matmul4::matmul_4bit(weight, rows, target) })
 }

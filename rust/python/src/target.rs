@@ -47,5 +47,5 @@ pub fn weight(
     offset: u64,
 ) -> Result<Weight> {
     let absmax = self::absmax(absmax, nested_code, nested_absmax, nested_blocksize, offset);
-    Ok(Weight { codes, n, k, blocksize, quant_type: self::quant_type(quant_type)?, absmax })
+    Ok(Weight { codes, n, k, blocksize, quant_type: self::quant_type(quant_type)?, absmax, settled: false })
 }

@@ -65,7 +65,7 @@ struct SkinnyProblem {
     k: i32,
     log2_blocksize: i32,
     quant_type: i32,
-    ahead: i32,
+    settled: i32,
 }
 
 /// kernels/matmul4_hopper.cuh
@@ -82,6 +82,7 @@ struct HopperProblem {
     k: i32,
     log2_blocksize: i32,
     quant_type: i32,
+    settled: i32,
 }
 
 /// Rows of W in a box of matmul4_wgmma.cu: those of a block.
@@ -243,7 +244,7 @@ impl Call<'_> {
             k: weight.k as i32,
             log2_blocksize: weight.blocksize.trailing_zeros() as i32,
             quant_type: weight.quant_type as i32,
-            ahead: shape.depth as i32,
+            settled: i32::from(weight.settled),
         };
         let groups = (shape.warps / shape.split) as usize;
         let grid = Grid::Overlapping(weight.n.div_ceil(tile as usize).div_ceil(groups) as u64);
@@ -287,5 +288,6 @@ fn problem(weight: &Weight, rows: &Rows, box_rows: u32, box_tokens: u32) -> Resu
         k: weight.k as i32,
         log2_blocksize: weight.blocksize.trailing_zeros() as i32,
         quant_type: weight.quant_type as i32,
+        settled: i32::from(weight.settled),
     })
 }

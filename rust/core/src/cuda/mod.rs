@@ -18,9 +18,11 @@ pub(crate) mod panel;
 mod pointer;
 mod product;
 mod runs;
+mod settled;
 mod tensor_map;
 
 pub use device::{DeviceInfo, devices};
 pub use driver::driver_version;
 pub use image::{built_targets, is_built};
 pub use pointer::{device_of, read_table};
+pub use settled::Settled;

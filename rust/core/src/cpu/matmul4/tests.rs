@@ -73,7 +73,7 @@ impl Case {
             Absmax::Plain(self.absmax[1..].as_ptr() as u64)
         };
         let Self { n, k, blocksize, quant_type, .. } = *self;
-        Weight { codes: self.codes[1..].as_ptr() as u64, n, k, blocksize, quant_type, absmax }
+        Weight { codes: self.codes[1..].as_ptr() as u64, n, k, blocksize, quant_type, absmax, settled: false }
     }
 
     /// An element of the weight, exactly.
