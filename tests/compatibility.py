@@ -146,5 +146,6 @@ WORKFLOWS = (
     ("training after an evaluation", "test_hf_training.py::test_learning_goes_on_after_an_evaluation", ("hf4", "hf5")),
     ("`torch.compile` of a loaded model", "test_hf_training.py::test_compiled_model", ("hf4", "hf5")),
     ("trl's `SFTTrainer`", "test_hf_training.py::test_sft_trainer", ("hf5",)),
+    ("diffusers: load, save and reload", "test_hf_diffusers.py::test_load_save_and_reload", ("hf5",)),
     ("installed after the libraries", "test_hf_late.py::test_transformers_and_accelerate", ("hf4", "hf5")),
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -217,6 +219,16 @@ def test_overrides_go_with_their_parameters(manager: GlobalOptimManager) -> None
     manager.override_config(p, "lr", 0.5)
     assert len(manager.pid2config) == 1
     del p
+    assert not manager.pid2config
+    table = torch.nn.Embedding(4, 4)
+    manager.register_module_override(table, "weight", {"lr": 0.5})
+    weight, gone = table.weight, weakref.ref(table)
+    del table
+    gc.collect()
+    assert gone() is None, "the manager keeps a model alive"
+    assert manager.module_weight_config_triple == []
+    assert manager.pid2config == {id(weight): {"lr": 0.5}}
+    del weight
     assert not manager.pid2config
     with pytest.raises(RuntimeError, match="get_instance"):
         GlobalOptimManager()

@@ -19,8 +19,8 @@ class GlobalOptimManager:
     again when new ones were given, so it does not matter whether they come before or after the optimizer was made.
     ``optim_bits`` and ``min_8bit_size`` decide what state a parameter gets and are without effect once it has one.
 
-    Parameters are known by identity. What was said of a parameter is forgotten when the parameter is gone; modules
-    given to `register_module_override` are kept.
+    Parameters are known by identity. What was said of a parameter or a module is forgotten when it is gone: the manager
+    keeps no model alive.
 
     Attributes
     ----------
@@ -29,7 +29,7 @@ class GlobalOptimManager:
     index2config : dict
         The same by (index of the group, index in the group) in the last optimizer or list that registered them.
     module_weight_config_triple : list
-        What `register_module_override` was given.
+        What `register_module_override` was given, of the modules that are still there.
 
     Examples
     --------
@@ -43,7 +43,7 @@ class GlobalOptimManager:
     _instance: GlobalOptimManager | None = None
     pid2config: dict[int, dict[str, Any]]
     index2config: dict[tuple[int, int], dict[str, Any]]
-    module_weight_config_triple: list[tuple[torch.nn.Module, str, Mapping[str, Any]]]
+    _modules: list[tuple[weakref.ref[torch.nn.Module], str, Mapping[str, Any]]]
 
     def __init__(self) -> None:
         raise RuntimeError("GlobalOptimManager: expected a call of GlobalOptimManager.get_instance()")
@@ -54,7 +54,7 @@ class GlobalOptimManager:
         self.index2config = {}
         self.optimizer = None
         self.uses_config_override = False
-        self.module_weight_config_triple = []
+        self._modules = []
         self.changes = 0  # so that an optimizer sees that something was said since it last looked
 
     @classmethod
@@ -64,6 +64,12 @@ class GlobalOptimManager:
             cls._instance = cls.__new__(cls)
             cls._instance.initialize()
         return cls._instance
+
+    @property
+    def module_weight_config_triple(self) -> list[tuple[torch.nn.Module, str, Mapping[str, Any]]]:
+        """Overrides of modules: module, name of its parameter, hyperparameters."""
+        found = ((of(), name, config) for of, name, config in self._modules)
+        return [(module, name, config) for module, name, config in found if module is not None]
 
     def register_parameters(self, params: Iterable[Any]) -> None:
         """Note under which index parameters with overrides stand.
@@ -128,16 +134,22 @@ class GlobalOptimManager:
             self.changes += 1
 
     def register_module_override(self, module: torch.nn.Module, param_name: str, config: Mapping[str, Any]) -> None:
-        """Override hyperparameters of the parameter that a module has under a name at an optimizer's first step.
+        """Override hyperparameters of the parameter that a module has under a name, at an optimizer's first step.
+
+        And at once of the parameter that it has now.
 
         Parameters
         ----------
         module : torch.nn.Module
-            Kept for as long as the process lives.
+            Whose. It is not kept alive.
         param_name : str
             Such as ``"weight"``.
         config : mapping
             Hyperparameters.
         """
-        self.module_weight_config_triple.append((module, param_name, config))
+        self._modules = [entry for entry in self._modules if entry[0]() is not None]
+        self._modules.append((weakref.ref(module), param_name, config))
+        parameter = getattr(module, param_name, None)
+        if isinstance(parameter, torch.Tensor):  # should the module be gone before the step, and the parameter not
+            self.set_config(parameter, config)
         self.changes += 1
