@@ -43,17 +43,19 @@ class Prepared:
         "nested",
         "ordinal",
         "plain",
-        "tracked",
+        "writes",
     )
 
-    def __init__(self, B: torch.Tensor, state: QuantState, native: _Native, ordinal: int, tracked: bool) -> None:
+    def __init__(
+        self, B: torch.Tensor, state: QuantState, native: _Native, ordinal: int, writes: torch.Tensor | None
+    ) -> None:
         self.matmul, self.n, self.k = _native.Weight4bit(*native).matmul, native[1], native[2]
         self.bound = Bound(native, (self.n, self.k), ())
         self.device, self.ordinal, self.base = B.device, ordinal, storage_address(B)
         self.absmax, self.absmax_address = state.absmax, state.absmax.data_ptr()
         self.plain = (state.shape, state.blocksize, state.quant_type)
         self.nested = _nested_of(state, native[6]) if state.nested else None
-        self.tracked = tracked
+        self.writes = writes
 
     def describes(self, B: torch.Tensor, state: QuantState) -> bool:
         """Return whether codes and a state are still what this was read from."""
@@ -97,11 +99,24 @@ def _is_same(nested: _Nested, state: QuantState) -> bool:
     )
 
 
-def prepare(B: Any, state: QuantState, tracked: bool = False) -> Prepared | None:
+def count_writes(codes: torch.Tensor, state: QuantState) -> torch.Tensor | None:
+    """Return a tensor without memory whose version is that of codes, or None if nobody counts what is written to them.
+
+    A getter of a subclass's attribute goes through its ``__torch_function__``; this one's does not.
+    """
+    if codes.is_inference() or state.absmax.is_inference():
+        return None
+    with torch._C.DisableTorchFunctionSubclass():
+        writes = codes.detach()  # shares the count, and the memory, which it must not keep alive
+    writes.data = torch.empty(0, dtype=writes.dtype, device=writes.device)
+    return writes
+
+
+def prepare(B: Any, state: QuantState, writes: torch.Tensor | None = None) -> Prepared | None:
     """Return a weight prepared, or None if there is something about it that native code cannot take as it is.
 
-    `tracked` says that the versions of `B` and of the maxima count whatever is written to them: kernels may then start
-    with the weight while the kernel before them still runs, once one has waited with these versions.
+    With `count_writes`'s result kernels may start with the weight while the kernel before them still runs, once one has
+    waited and nobody has written to the weight since.
     """
     absmax, shape = state.absmax, state.shape
     blocksize: Any = state.blocksize
@@ -124,7 +139,7 @@ def prepare(B: Any, state: QuantState, tracked: bool = False) -> Prepared | None
         native = (B.data_ptr(), n, k, blocksize, number, absmax.data_ptr(), 0, 0, 0, 0)
     else:
         return None
-    return Prepared(B, state, native, ordinal, tracked)
+    return Prepared(B, state, native, ordinal, writes)
 
 
 class _Held:
@@ -136,7 +151,7 @@ class _Held:
         self.prepared, self.codes, self.state = prepared, codes, state
 
     def run(self, A: torch.Tensor, bias: torch.Tensor | None, call: Arguments) -> torch.Tensor:
-        return _run(self.prepared, self.codes, A, bias, call)
+        return _run(self.prepared, A, bias, call)
 
     def parts(self) -> tuple[torch.Tensor | None, ...]:
         nested = self.prepared.nested
@@ -178,14 +193,13 @@ def _multiply(
     if wants_grad(A, bias):
         result: torch.Tensor = Product.apply(A, bias, _Held(prepared, B, state), call)
         return result
-    return _run(prepared, B, A, bias, call)
+    return _run(prepared, A, bias, call)
 
 
-def _run(
-    prepared: Prepared, B: torch.Tensor, A: torch.Tensor, bias: torch.Tensor | None, call: Arguments
-) -> torch.Tensor:
+def _run(prepared: Prepared, A: torch.Tensor, bias: torch.Tensor | None, call: Arguments) -> torch.Tensor:
     (m, number, bias_address, y, queue), n, k, ordinal = call, prepared.n, prepared.k, prepared.ordinal
-    version = B._version + prepared.absmax._version if prepared.tracked else -1
+    writes = prepared.writes
+    version = -1 if writes is None else writes._version + prepared.absmax._version
     scratch = workspace(A, m, n, k, ordinal)
     address = 0 if scratch is None else scratch.data_ptr()
     if not prepared.matmul(A.data_ptr(), m, number, bias_address, y.data_ptr(), address, ordinal, queue, version):
@@ -227,8 +241,7 @@ def matmul_4bit(A: Any, B: Any, state: QuantState, bias: torch.Tensor | None) ->
 
 
 def _keep(B: torch.Tensor, codes: torch.Tensor, state: QuantState) -> Prepared | None:
-    tracked = not (B.is_inference() or state.absmax.is_inference())
-    prepared, key = prepare(B, state, tracked), id(state)
+    prepared, key = prepare(B, state, count_writes(codes, state)), id(state)
     if prepared is not None:
 
         def forget(dead: weakref.ref[QuantState]) -> None:

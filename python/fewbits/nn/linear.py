@@ -125,8 +125,9 @@ class Linear4bit(Module4bit, nn.Linear):
             x = x.to(self.compute_dtype)
         codes = self.weight if tracing else self.weight.data
         if not tracing and type(weight) is Params4bit and weight.prepared is None and weight.quant_state is state:
-            tracked = not (weight.is_inference() or state.absmax.is_inference())
-            weight.prepared = _prepared.prepare(codes, state, tracked)  # for the next call
+            weight.prepared = _prepared.prepare(
+                codes, state, _prepared.count_writes(weight, state)
+            )  # for the next call
         return multiply(x, codes, state, None, self.bias).to(input_dtype)
 
     def set_compute_type(self, x: torch.Tensor) -> None:
