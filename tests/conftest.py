@@ -42,8 +42,15 @@ if os.environ.get("FEWBITS_BACKEND"):  # what passes does so without native code
 # About native code: its calls, its ways to be fast, its memory, its sums that are the same in any company.
 NATIVE_FILES = {
     *("test_blockwise_cuda", "test_int8_cuda", "test_int8_native", "test_matmul4_cpu", "test_optim_control"),
-    *("test_optim_cuda", "test_optim_native", "test_optim_paging", "test_panel", "test_prepared", "test_wheel"),
-    "test_prepared_gradient",
+    *(
+        "test_optim_cuda",
+        "test_optim_native",
+        "test_optim_paging",
+        "test_panel",
+        "test_prepared",
+        "test_prepared_changes",
+    ),
+    *("test_prepared_gradient", "test_settled", "test_wheel"),
 }
 NATIVE_TESTS = {
     *("test_native_arguments", "test_the_short_way_is_taken", "test_every_simd_path_gives_the_same_bytes"),
