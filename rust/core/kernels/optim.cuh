@@ -1,8 +1,8 @@
 // What the optimizers' kernels share: the tables that describe a launch, a tensor's coefficients, and the walk over tiles.
 //
 // A launch is a list of tiles of 16 runs of 256 elements; tile j of the list belongs to row tiles[j] of a table of tensors. A
-// warp takes a run at a time, eight elements a lane, and walks alone: it keeps its tensor's row and coefficients in a slot of
-// shared memory of its own and reads them anew where the row changes.
+// warp takes a run, eight elements a lane, or a piece of a few neighbouring ones at a time, and walks alone: it keeps its tensor's
+// row and coefficients in a slot of shared memory of its own and reads them anew where the row changes.
 #pragma once
 #include "element.cuh"
 #include "optim_vectors.cuh"
@@ -15,7 +15,7 @@ constexpr int GROUPS = 16;
 // Vectors are numbered with 32 bits; what lies past those blocks goes element by element.
 constexpr unsigned MAX_WHOLE_BLOCKS = 1u << 26;
 
-// A row of the table of tensors; the last two are filled in by `open_entry`.
+// A row of the table of tensors; GRADIENT, and STATE3 where state 1 is two halves, are filled in by `open_entry`.
 enum Field { P, STATE1, STATE2, STATE3, ABSMAX1, ABSMAX2, N, STEP, FIRST_TILE, GROUP, ORDINAL, FIRST, ADVANCE, GRADIENT };
 
 // Flags of a group.
@@ -93,9 +93,11 @@ __device__ __forceinline__ double exponential(double x) {
     return sum * __longlong_as_double((1023 + (i64)k) << 52);
 }
 
-// Reads a row into a warp's slot, and computes its coefficients unless the slot or `known` has them.
-template <class Rule, int STATE_ALIGNMENT>
+// Reads a row into a warp's slot, and computes its coefficients unless the slot or `known` has them. STATE_SIZE: bytes of an
+// element of state.
+template <class Rule, int STATE_SIZE>
 __device__ __noinline__ void open_entry(const Step& step, int entry, Slot& slot, const Slot* known) {
+    constexpr int STATE_ALIGNMENT = STATE_SIZE == 1 ? 8 : 16;
     const int lane = threadIdx.x % WARP;
     const i64 group_before = slot.field[GROUP], step_before = slot.field[STEP];
     __syncwarp();
@@ -122,6 +124,7 @@ __device__ __noinline__ void open_entry(const Step& step, int entry, Slot& slot,
         }
         slot.c.ratio = step.ratios ? step.ratios[entry] : 1.0f;
         const i64 n = slot.field[N];
+        if (Rule::HALVES) slot.field[STATE3] = slot.field[STATE1] + n * STATE_SIZE;
         slot.first_tile = (int)slot.field[FIRST_TILE];
         slot.blocks = (unsigned)((n + BLOCK - 1) / BLOCK);
         slot.whole_blocks = aligned ? (unsigned)min(n / BLOCK, (i64)MAX_WHOLE_BLOCKS) : 0;
@@ -154,36 +157,54 @@ __device__ __forceinline__ bool is_skipped(const float* control, float& scale) {
     return __float_as_uint(control[1]) != 0;
 }
 
-// Calls work(slot, block) for each of this warp's runs of 256 elements: every gridDim.x * WARPS-th of the launch. WARPS: of a
-// block. STATE_SIZE: bytes of an element of state.
-template <class Rule, int WARPS, int STATE_SIZE, class Work>
+// Calls work(slot, first, end) for this warp's runs of 256 elements, `first` to before `end`: a piece of up to 2^LONGEST of them
+// at a time, and shorter ones where a warp has few runs in all. WARPS: of a block.
+//
+// With pieces, a block has an unbroken share of the launch's runs, so that it meets few rows: opening one takes three trips to
+// memory, one after the other. Without, the launch goes over memory as one front, which takes 1 % less time.
+template <class Rule, int WARPS, int STATE_SIZE, int LONGEST, class Work>
 __device__ __forceinline__ void walk(const Step& step, const Work& work) {
-    constexpr int STATE_ALIGNMENT = STATE_SIZE == 1 ? 8 : 16;
+    constexpr int ENOUGH = 2;  // a warp has 2^ENOUGH pieces, or pieces of one run
     __shared__ Slot slots[WARPS + 1];
     const int warp = threadIdx.x / WARP;
-    const unsigned stride = gridDim.x * WARPS;
-    const u64 count = (u64)step.tile_count * TILE_RUNS;
-    u64 run = blockIdx.x * WARPS + warp;
+    const u64 runs = (u64)step.tile_count * TILE_RUNS;
+    int log = LONGEST;
+    while (log > 0 && runs >> (log + ENOUGH) < gridDim.x * WARPS) log--;
+    // This block's pieces, and how many warps share them.
+    u64 first_piece = (u64)blockIdx.x * WARPS, end_piece = runs;
+    unsigned warps = gridDim.x * WARPS;
+    if (LONGEST > 0) {
+        const u64 pieces = runs >> log, share = pieces / gridDim.x, rest = pieces % gridDim.x;
+        first_piece = share * blockIdx.x + min((u64)blockIdx.x, rest);
+        end_piece = first_piece + share + (blockIdx.x < rest);
+        warps = WARPS;
+    }
+    const unsigned piece = 1 << log, stride = warps << log;
+    const u64 count = end_piece << log;
+    u64 run = first_piece + warp << log;
     Slot& slot = slots[warp];
     int entry = run < count ? step.tiles[run / TILE_RUNS] : 0;
     // One warp computes for all: most of them start with the same group and step. It has the block's first run.
     if (warp == 0 && run < count) {
         slots[WARPS].field[GROUP] = -1;
-        open_entry<Rule, STATE_ALIGNMENT>(step, entry, slots[WARPS], nullptr);
+        __syncwarp();
+        open_entry<Rule, STATE_SIZE>(step, entry, slots[WARPS], nullptr);
     }
     slot.field[GROUP] = -1;
     __syncthreads();
 #pragma unroll 1
     while (run < count) {
-        open_entry<Rule, STATE_ALIGNMENT>(step, entry, slot, slots + WARPS);
+        open_entry<Rule, STATE_SIZE>(step, entry, slot, slots + WARPS);
         // The first run past the row, whose own row is asked for now. The last tile of a row may have fewer runs than others:
         // those that it lacks are passed over.
-        const unsigned blocks = slot.blocks, end = (blocks + TILE_RUNS - 1) / TILE_RUNS * TILE_RUNS;
-        unsigned block = (unsigned)(run - (u64)slot.first_tile * TILE_RUNS);
-        run += (u64)((end - block + stride - 1) / stride) * stride;
+        const u64 before = (u64)slot.first_tile * TILE_RUNS;
+        const unsigned end = (slot.blocks + TILE_RUNS - 1) / TILE_RUNS * TILE_RUNS;
+        const unsigned blocks = (unsigned)min((u64)slot.blocks, count - before);
+        unsigned block = (unsigned)(run - before);
+        run += (u64)(((end - block >> log) + warps - 1) / warps) * stride;
         if (run < count) entry = step.tiles[run / TILE_RUNS];
 #pragma unroll 1
-        for (; block < blocks; block += stride) work(slot, block);
+        for (; block < blocks; block += stride) work(slot, block, min(block + piece, blocks));
     }
 }
 

@@ -14,8 +14,7 @@ constexpr int V = 4;
 template <class Rule>
 __device__ __forceinline__ float* state_address(const Slot& slot, int k) {
     if (k == 0) return slot.address<float>(STATE1);
-    if (Rule::HALVES) return k == 1 ? slot.address<float>(STATE1) + slot.field[N] : slot.address<float>(STATE2);
-    return slot.address<float>(k == 1 ? STATE2 : STATE3);
+    return slot.address<float>((k == 1) != Rule::HALVES ? STATE2 : STATE3);
 }
 
 template <class Rule, class TypeP, class TypeG>
@@ -75,7 +74,7 @@ __device__ __forceinline__ void step32(const Step& launch) {
     wait_for_previous_kernel();
     float scale;
     if (is_skipped(launch.control, scale)) return;
-    walk<Rule, THREADS / WARP, 4>(launch, [&](const Slot& slot, unsigned block) {
+    walk<Rule, THREADS / WARP, 4, 0>(launch, [&](const Slot& slot, unsigned block, unsigned) {
         update_block<Rule, TypeP, TypeG>(launch, slot, block, scale);
     });
     advance_counters(launch);

@@ -106,8 +106,9 @@ __device__ __forceinline__ unsigned nearest_rank(unsigned tables, float scaled) 
         const unsigned entry = tables + (key >> SHIFT_8BIT) * 4 + (2 * MAP + DYNAMIC_ORIGIN) * 4;
         return load_shared(entry) + ((unsigned)key << LIFT_8BIT);
     }
+    static_assert(SHIFT_UNSIGNED == 16, "a bucket is the upper half of a key");
     const unsigned key = __float_as_uint(scaled);
-    const unsigned entry = tables + (key >> SHIFT_UNSIGNED) * 4 + (2 * MAP + DYNAMIC_PADDED) * 4;
+    const unsigned entry = add_upper_half<4>(key, tables) + (2 * MAP + DYNAMIC_PADDED) * 4;
     return load_shared(entry) + (key << LIFT_UNSIGNED);
 }
 

@@ -101,7 +101,7 @@ __device__ __forceinline__ void norm_trust(const Step& launch) {
 #pragma unroll 1
     for (i64 tile = blockIdx.x * WARPS + threadIdx.x / WARP; tile < launch.tile_count; tile += (i64)gridDim.x * WARPS) {
         const int entry = launch.tiles[tile];
-        if (entry != before) open_entry<Lamb, EIGHT ? 8 : 16>(launch, before = entry, slot, nullptr);
+        if (entry != before) open_entry<Lamb, EIGHT ? 1 : 4>(launch, before = entry, slot, nullptr);
         const i64 n = slot.field[N];
         double sum_p = 0.0, sum_u = 0.0;
         unsigned block = (unsigned)(tile - slot.first_tile) * TILE_RUNS;

@@ -51,6 +51,14 @@ __device__ __forceinline__ unsigned and3(unsigned a, unsigned b) {
     return r;
 }
 
+// FACTOR times the upper half of x, plus c.
+template <unsigned FACTOR>
+__device__ __forceinline__ unsigned add_upper_half(unsigned x, unsigned c) {
+    unsigned r;
+    asm("dp2a.lo.u32.u32 %0, %1, %2, %3;" : "=r"(r) : "r"(x), "r"(FACTOR << 8), "r"(c));
+    return r;
+}
+
 // (high, low) rounded to a packed pair of bfloat16, ties to even.
 __device__ __forceinline__ unsigned pack_bf16x2(float low, float high) {
     unsigned r;

@@ -109,14 +109,15 @@ impl OptimKernel {
         }
     }
 
-    /// Bytes of shared memory that a launch asks for: optim_codes.cuh's `CodeTables`, with its `COPIES` for the target.
+    /// Bytes of shared memory that a launch asks for: optim_codes.cuh's `CodeTables`, with its `COPIES` for the target, and the
+    /// scales of optim8.cu's pieces.
     pub fn shared_bytes(self, target: &str) -> u32 {
         let Self::Step { bits: Bits::Eight, .. } = self else { return 0 };
         let copies = match target {
             "compute_80" | "sm_80" | "sm_90a" | "sm_100" => 32,
             _ => 8,
         };
-        (4 * (256 * 2 * copies + SIGNED_BUCKETS + UNSIGNED_BUCKETS)).next_multiple_of(16)
+        (4 * (256 * 2 * copies + SIGNED_BUCKETS + UNSIGNED_BUCKETS + PIECE_SCALES)).next_multiple_of(16)
     }
 }
 
@@ -124,6 +125,8 @@ impl OptimKernel {
 const SIGNED_BUCKETS: u32 = 2948;
 /// The same of the unsigned map, from 0 on.
 const UNSIGNED_BUCKETS: u32 = 3076;
+/// Scales of 32 warps' pieces of 16 blocks with three states each.
+const PIECE_SCALES: u32 = 32 * 16 * 3;
 
 #[cfg(test)]
 mod tests {
