@@ -151,9 +151,7 @@ def quantize_4bit(
     if out is None and absmax is None and not compress_statistics:
         done = _direct.quantize_4bit(A, blocksize, quant_type, quant_storage)
         if done is not None:
-            return done[0], QuantState(
-                done[1], A.shape, shared_table(quant_type, A.device), blocksize, quant_type, A.dtype
-            )
+            return done
     _checks.check_quantize(A, blocksize, quant_type, quant_storage)
     run: Any = backend(A, absmax, out)
     code = shared_table(quant_type, A.device)
@@ -378,9 +376,7 @@ def quantize_blockwise(
     if absmax is None and out is None and not nested:
         done = _direct.quantize_blockwise(A, code, blocksize)
         if done is not None:
-            return done[0], QuantState(
-                done[1], code=shared_table("dynamic", A.device), blocksize=blocksize, dtype=A.dtype
-            )
+            return done
     if nested:
         _checks.check_quantize(A, blocksize)
     else:
