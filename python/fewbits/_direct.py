@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from math import prod
 from typing import Any
 
 import torch
@@ -37,6 +38,7 @@ def _empty_strided(
 _guards = getattr(getattr(torch._C, "_dynamo", None), "guards", None)
 _empty_cpu: _Allocator = getattr(_guards, "_empty_strided_cpu", partial(_empty_strided, device="cpu"))
 _empty_cuda: _Allocator = getattr(_guards, "_empty_strided_cuda", partial(_empty_strided, device="cuda"))
+_current_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", lambda ordinal: 0)
 _current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", lambda: -1)
 
 
@@ -197,13 +199,15 @@ def allocator(ordinal: int) -> _Allocator:
 
 def _empty(ordinal: int, shape: Sequence[int], dtype: torch.dtype | None) -> torch.Tensor:
     """Return contiguous memory on a native device, for at least one element."""
+    sizes: tuple[int, ...]
+    strides: tuple[int, ...]
     if len(shape) == 2:
         rows, columns = shape
-        return allocator(ordinal)((rows, columns), (columns, 1), dtype)
-    strides = [1]
-    for size in reversed(shape[1:]):
-        strides.append(strides[-1] * size)
-    return allocator(ordinal)(tuple(shape), tuple(reversed(strides[: len(shape)])), dtype)
+        sizes, strides = (rows, columns), (columns, 1)
+    else:
+        sizes = tuple(shape)
+        strides = tuple(prod(sizes[i + 1 :]) for i in range(len(sizes)))
+    return _empty_cpu(sizes, strides, dtype) if ordinal < 0 else allocator(ordinal)(sizes, strides, dtype)
 
 
 def _target_of(A: torch.Tensor) -> tuple[int, int] | None:
@@ -212,7 +216,7 @@ def _target_of(A: torch.Tensor) -> tuple[int, int] | None:
         return None
     if A.is_cuda:
         ordinal = A.get_device()
-        return ordinal, torch._C._cuda_getCurrentRawStream(ordinal)
+        return ordinal, _current_stream(ordinal)
     return (-1, _get_num_threads()) if A.is_cpu else None
 
 

@@ -213,7 +213,7 @@ def dequantize_4bit(
     if type(quant_state) is QuantState:
         done = _direct.dequantize_4bit(A, quant_state, quant_state.dtype, out)
         if done is not None:
-            return done if A.size(0) != 1 else _as_given(A, done)
+            return done if A.shape[0] != 1 else _as_given(A, done)
     if quant_state is None:
         if absmax is None or out is None:
             missing = "absmax" if absmax is None else "out"

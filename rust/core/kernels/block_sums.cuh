@@ -46,7 +46,6 @@ __device__ __forceinline__ void open_sum(Sums* sums) {
 __device__ __forceinline__ void store_sum(const OwnMaxima& own, const float* absmax, i64 count, int log2_unit, Sums* sums) {
     __shared__ double values[WARP];
     __shared__ unsigned lows[WARP], limbs[LIMBS];
-    __shared__ bool exact;
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     PlainSum sum = warp_sum(own.plain());
     if (lane == 0) values[warp] = sum.value, lows[warp] = sum.low;
@@ -60,10 +59,8 @@ __device__ __forceinline__ void store_sum(const OwnMaxima& own, const float* abs
             __syncwarp();
             if (lane == 0) store_release(sums->plain + blockIdx.x, __double_as_longlong(sum.value));
         }
-        if (lane == 0) exact = sum.is_exact();
     }
-    __syncthreads();
-    if (exact) return;
+    if (__syncthreads_and(warp != 0 || sum.is_exact())) return;
     sum_limbs(absmax, count, log2_unit, limbs);
     if (warp != 0) return;
     if (lane < LIMBS) sums->limbs[lane][blockIdx.x] = limbs[lane];

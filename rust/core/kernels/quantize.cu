@@ -192,7 +192,7 @@ struct Encode8 {
 // first vector, `vectors` how many it has. Returns the bits of the maximum that this lane has written, 0 for none.
 template <class E, class Encode>
 __device__ __noinline__ unsigned quantize_carefully(const typename E::storage* x, i64 index, i64 n, int vectors, int lanes,
-                                                Encode encode, u8* codes, float* absmax, int log2_blocksize) {
+                                                    Encode encode, u8* codes, float* absmax, int log2_blocksize) {
     const bool aligned = is_aligned(x, 16);
     float f[E::PER_VECTOR];
     unsigned m = 0;
@@ -253,7 +253,7 @@ __device__ __forceinline__ void quantize(const typename E::storage* x, const flo
         own_vector < VECTORS && (own_vector & (per_block - 1)) == 0 && (warp & (block_warps - 1)) == 0;
     const int own_at = owner ? own_vector * SPAN + lane * N : -1;
     OwnMaxima own_maxima;
-    // Slot s is tiles s * gridDim.x * together and on.
+    // Slot s, a multiple of `together`, is as many tiles from s * gridDim.x + blockIdx.x * together on.
     const int first_tile = (int)blockIdx.x * together + (warp & (together - 1));
     int slot = warp & -together;
 #pragma unroll 1

@@ -7,8 +7,8 @@ use crate::blockwise::{Absmax, Blocks};
 use crate::double_quant::{MAX_SUMS, MAXIMA_OFFSET, NESTED_BLOCKSIZE, Nested};
 use crate::{QuantType, Result};
 
-/// Blocks of quantize.cu. A large tensor has one of 32 warps for each multiprocessor; of a smaller one, whose warps get one tile
-/// each (4 vectors of 16 bytes a lane), more multiprocessors get blocks of fewer warps.
+/// Blocks of quantize.cu. A large tensor has one of 32 warps for each multiprocessor; of a smaller one, whose warps get one tile each
+/// (4 vectors of 16 bytes a lane), more multiprocessors get blocks of fewer warps.
 fn quantize_grid(blocks: Blocks, multiprocessors: u32) -> Grid {
     let tiles = blocks.n.div_ceil(32 * 4 * (16 / blocks.dtype.size())) as u64;
     // No more than there is room for sums.
@@ -106,8 +106,8 @@ pub unsafe fn quantize_4bit_nested(
         device,
         stream,
         kernel: Kernel::QuantizeAbsmax,
-        // A nested block for each of 16 warps.
-        grid: Grid::Overlapping(count.div_ceil(16 * NESTED_BLOCKSIZE) as u64),
+        // Of the 16 warps of a block half are idle where there are few nested blocks: more multiprocessors are busy.
+        grid: Grid::Overlapping(count.div_ceil(8 * NESTED_BLOCKSIZE) as u64),
         describe: &|| describe(blocks),
     };
     let Nested { absmax_codes, nested_absmax, offset } = nested;
