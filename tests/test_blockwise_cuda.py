@@ -109,6 +109,66 @@ def test_graph_capture(op: Op, cuda: torch.device) -> None:
         _expect(op, x, got)
 
 
+# Past what one round of warps takes at once on the largest GPU, with a short end.
+LARGE = 3 * 2**22 + 4095
+
+
+def _large(dtype: torch.dtype, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    scale = torch.randn(LARGE // 32 + 1, generator=generator).exp().repeat_interleave(32)[:LARGE]
+    return torch.randn(LARGE, generator=generator).mul_(scale).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("blocksize", [32, 64, 512, 1024, 2048, 4096])
+def test_warps_that_take_many_tiles(dtype: torch.dtype, blocksize: int, cuda: torch.device) -> None:
+    """Every tile is taken once, whichever warp is free, and counted once in the mean of the maxima."""
+    x = _large(dtype, blocksize)
+
+    def op(x: torch.Tensor) -> list[torch.Tensor]:
+        packed, state = F.quantize_4bit(x, blocksize=blocksize, quant_type="nf4", compress_statistics=True)
+        plain, plain_state = F.quantize_4bit(x, blocksize=blocksize, quant_type="nf4")
+        codes, state8 = F.quantize_blockwise(x, blocksize=blocksize)
+        nested = [packed, state.absmax, state.offset, state.state2.absmax]
+        return [*nested, plain, plain_state.absmax, codes, state8.absmax]
+
+    _expect(op, x, op(x.to(cuda)))
+
+
+@pytest.mark.parametrize("n", [64, N, LARGE])
+def test_double_quantization_on_many_streams_and_in_replays(n: int, cuda: torch.device) -> None:
+    """The second launch waits for its own first launch, not for another's nor for that of the replay before."""
+    inputs = [_large(torch.bfloat16, seed)[:n] for seed in range(3)]
+    expected = [_quantize_nested(x) for x in inputs]
+    inputs = [x.to(cuda) for x in inputs]
+    streams = [torch.cuda.Stream() for _ in inputs]
+    torch.cuda.synchronize()
+    results: list[list[list[torch.Tensor]]] = [[] for _ in inputs]
+    for _ in range(20):
+        for x, stream, got in zip(inputs, streams, results, strict=True):
+            with torch.cuda.stream(stream):
+                got.append(_quantize_nested(x))
+    torch.cuda.synchronize()
+    for want, runs in zip(expected, results, strict=True):
+        for got in runs:
+            for ours, cpu in zip(got, want, strict=True):
+                assert_same_bits(ours, cpu, "on its stream")
+
+    x = inputs[0].clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = _quantize_nested(x)
+    runs = []
+    for turn in range(12):  # nobody waits in between
+        x.copy_(inputs[turn % 3])
+        graph.replay()
+        runs.append([tensor.clone() for tensor in captured])
+    torch.cuda.synchronize()
+    for turn, got in enumerate(runs):
+        for ours, cpu in zip(got, expected[turn % 3], strict=True):
+            assert_same_bits(ours, cpu, f"replay {turn}")
+
+
 @every_op
 def test_first_use_inside_a_capture(op: Op) -> None:
     """Kernels are loaded lazily; the load itself must be legal while a graph is captured."""

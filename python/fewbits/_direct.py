@@ -7,7 +7,9 @@ and then makes the native call; otherwise it returns None and `_launch` or `_ops
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from math import prod
 from typing import Any
 
 import torch
@@ -16,17 +18,34 @@ from fewbits import _native
 from fewbits._backend import IS_NATIVE_EVERYWHERE, NATIVE_TYPES
 from fewbits._checks import BLOCKSIZES, DTYPES, QUANT_TYPES
 from fewbits._launch import PLAIN_TYPES, is_observed
-from fewbits.codebook import is_default_map
+from fewbits.codebook import is_default_map, native_table, shared_table
 from fewbits.quant_state import QuantState
 
 _Tensor, _Size, _uint8, _float32 = torch.Tensor, torch.Size, torch.uint8, torch.float32
 _get_num_threads, _strided = torch.get_num_threads, torch.strided
 
+# (sizes, strides, dtype) to new memory
+_Allocator = Callable[[tuple[int, ...], tuple[int, ...], Any], torch.Tensor]
+
+
+def _empty_strided(
+    sizes: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype, device: str | torch.device
+) -> torch.Tensor:
+    return torch.empty_strided(sizes, strides, dtype=dtype, device=device)
+
+
+# What compiled programs allocate with: it passes by the dispatcher, where nobody listens now, and takes half the time.
+_guards = getattr(getattr(torch._C, "_dynamo", None), "guards", None)
+_empty_cpu: _Allocator = getattr(_guards, "_empty_strided_cpu", partial(_empty_strided, device="cpu"))
+_empty_cuda: _Allocator = getattr(_guards, "_empty_strided_cuda", partial(_empty_strided, device="cuda"))
+_current_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", lambda ordinal: 0)
+_current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", lambda: -1)
+
 
 def quantize_4bit(
     A: Any, blocksize: Any, quant_type: Any, quant_storage: Any
-) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Return (codes, absmax), or None if this is not an ordinary call."""
+) -> tuple[torch.Tensor, QuantState] | None:
+    """Return codes and state, or None if this is not an ordinary call."""
     # The compiler looks no further than is_observed: older ones cannot follow the rest.
     if is_observed() or type(A) not in PLAIN_TYPES or type(quant_type) is not str or type(blocksize) is not int:
         return None
@@ -37,10 +56,17 @@ def quantize_4bit(
     target = target_of(A)
     if target is None or n == 0 or not A.is_contiguous() or A.is_neg():
         return None
-    codes = _empty(A, ((n + 1) // 2, 1), _uint8)
-    absmax = A.new_empty((n + blocksize - 1) // blocksize, dtype=_float32)
-    _native.quantize_4bit(A.data_ptr(), n, dtype, blocksize, number, codes.data_ptr(), absmax.data_ptr(), *target)
-    return codes, absmax
+    ordinal, queue = target
+    empty = allocator(ordinal)
+    codes = empty(((n + 1) // 2, 1), (1, 1), _uint8)
+    absmax = empty(((n + blocksize - 1) // blocksize,), (1,), _float32)
+    _native.quantize_4bit(
+        A.data_ptr(), n, dtype, blocksize, number, codes.data_ptr(), absmax.data_ptr(), ordinal, queue
+    )
+    code = native_table(quant_type, ordinal)
+    if code is None:
+        code = shared_table(quant_type, A.device)
+    return codes, QuantState(absmax, A.shape, code, blocksize, quant_type, A.dtype)
 
 
 def dequantize_4bit(
@@ -65,7 +91,7 @@ def dequantize_4bit(
     if not state.nested:
         if not fits(absmax, _float32, blocks, ordinal):
             return None
-        values: torch.Tensor = _empty(A, shape, dtype) if out is None else out
+        values: torch.Tensor = _empty(ordinal, shape, dtype) if out is None else out
         _native.dequantize_4bit(
             A.data_ptr(), n, blocksize, number, absmax.data_ptr(), values.data_ptr(), dtype_number, ordinal, queue
         )
@@ -73,7 +99,7 @@ def dequantize_4bit(
         nested = nested_addresses(state, blocks, ordinal)
         if nested is None:
             return None
-        values = _empty(A, shape, dtype) if out is None else out
+        values = _empty(ordinal, shape, dtype) if out is None else out
         _native.dequantize_4bit_nested(
             A.data_ptr(), n, blocksize, number, *nested, values.data_ptr(), dtype_number, ordinal, queue
         )
@@ -82,8 +108,8 @@ def dequantize_4bit(
     return values
 
 
-def quantize_blockwise(A: Any, code: torch.Tensor | None, blocksize: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Return (codes, absmax) by the signed dynamic map, or None if this is not an ordinary call."""
+def quantize_blockwise(A: Any, code: torch.Tensor | None, blocksize: Any) -> tuple[torch.Tensor, QuantState] | None:
+    """Return codes by the signed dynamic map and their state, or None if this is not an ordinary call."""
     if is_observed() or type(A) not in PLAIN_TYPES or type(blocksize) is not int or blocksize not in BLOCKSIZES:
         return None
     if code is not None and (type(code) is not _Tensor or not is_default_map(code)):
@@ -91,10 +117,16 @@ def quantize_blockwise(A: Any, code: torch.Tensor | None, blocksize: Any) -> tup
     n, dtype, target = A.numel(), DTYPES.get(A.dtype), target_of(A)
     if dtype is None or target is None or n == 0 or not A.is_contiguous() or A.is_neg():
         return None
-    codes = _empty(A, A.shape, _uint8)
-    absmax = A.new_empty((n + blocksize - 1) // blocksize, dtype=_float32)
-    _native.quantize_blockwise(A.data_ptr(), n, dtype, blocksize, 0, codes.data_ptr(), absmax.data_ptr(), *target)
-    return codes, absmax
+    ordinal, queue = target
+    codes = _empty(ordinal, A.shape, _uint8)
+    absmax = allocator(ordinal)(((n + blocksize - 1) // blocksize,), (1,), _float32)
+    _native.quantize_blockwise(
+        A.data_ptr(), n, dtype, blocksize, 0, codes.data_ptr(), absmax.data_ptr(), ordinal, queue
+    )
+    table = native_table("dynamic", ordinal)
+    if table is None:
+        table = shared_table("dynamic", A.device)
+    return codes, QuantState(absmax, code=table, blocksize=blocksize, dtype=A.dtype)
 
 
 def dequantize_blockwise(A: Any, state: QuantState, out: torch.Tensor | None) -> torch.Tensor | None:
@@ -117,7 +149,7 @@ def dequantize_blockwise(A: Any, state: QuantState, out: torch.Tensor | None) ->
     address = _code_address(code, ordinal)
     if address is None:
         return None
-    values: torch.Tensor = _empty(A, A.shape, state.dtype) if out is None else out
+    values: torch.Tensor = _empty(ordinal, A.shape, state.dtype) if out is None else out
     _native.dequantize_blockwise(
         A.data_ptr(), n, blocksize, address, absmax.data_ptr(), values.data_ptr(), dtype, ordinal, queue
     )
@@ -156,12 +188,26 @@ def _code_address(code: torch.Tensor, ordinal: int) -> int | None:
     return code.data_ptr() if fits(code, _float32, 256, ordinal) else None
 
 
-def _empty(A: torch.Tensor, shape: Sequence[int], dtype: torch.dtype | None) -> torch.Tensor:
-    """Return contiguous memory on the device of `A`."""
-    if len(shape) == 2:  # sizes one by one are read in half the time
+def allocator(ordinal: int) -> _Allocator:
+    """Return what allocates on a native device, of strides as if contiguous."""
+    if ordinal < 0:
+        return _empty_cpu
+    if _current_device() == ordinal:
+        return _empty_cuda
+    return partial(_empty_strided, device=torch.device("cuda", ordinal))
+
+
+def _empty(ordinal: int, shape: Sequence[int], dtype: torch.dtype | None) -> torch.Tensor:
+    """Return contiguous memory on a native device, for at least one element."""
+    sizes: tuple[int, ...]
+    strides: tuple[int, ...]
+    if len(shape) == 2:
         rows, columns = shape
-        return A.new_empty(rows, columns, dtype=dtype)
-    return A.new_empty(shape, dtype=dtype)
+        sizes, strides = (rows, columns), (columns, 1)
+    else:
+        sizes = tuple(shape)
+        strides = tuple(prod(sizes[i + 1 :]) for i in range(len(sizes)))
+    return _empty_cpu(sizes, strides, dtype) if ordinal < 0 else allocator(ordinal)(sizes, strides, dtype)
 
 
 def _target_of(A: torch.Tensor) -> tuple[int, int] | None:
@@ -170,7 +216,7 @@ def _target_of(A: torch.Tensor) -> tuple[int, int] | None:
         return None
     if A.is_cuda:
         ordinal = A.get_device()
-        return ordinal, torch._C._cuda_getCurrentRawStream(ordinal)
+        return ordinal, _current_stream(ordinal)
     return (-1, _get_num_threads()) if A.is_cpu else None
 
 

@@ -41,14 +41,22 @@ _PAD_BYTES = {name: TABLES[name].index(0.0) * 0x11 for name in QUANT_TYPES}
 PLAIN_TYPES: set[type] = {torch.Tensor, torch.nn.Parameter}
 
 
-_is_compiling = torch.compiler.is_compiling
+# An export, which only is_compiling knows of, is a dispatch mode, too.
+_is_compiling = torch.compiler.is_dynamo_compiling
 _dispatch_modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
 _transforms, _is_traced = torch._C._functorch.peek_interpreter_stack, torch._C._is_tracing
 
 
 def is_observed() -> bool:
     """Return whether somebody traces, transforms or intercepts torch's operations now."""
-    return bool(_is_compiling() or _dispatch_modes() or _function_modes() or _transforms() is not None or _is_traced())
+    # `bool` of it all would take as long as one of them.
+    return (
+        _is_compiling()
+        or _dispatch_modes() != 0
+        or _function_modes() != 0
+        or _transforms() is not None
+        or _is_traced() is not False
+    )
 
 
 def is_unusual() -> bool:

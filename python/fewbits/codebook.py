@@ -50,6 +50,11 @@ def shared_table(name: str, device: torch.device) -> torch.Tensor:
     return table
 
 
+def native_table(name: str, ordinal: int) -> torch.Tensor | None:
+    """Return `shared_table` of a CUDA ordinal (-1 for the CPU) if it is there, for calls that nobody compiles."""
+    return _cache.get((name, ordinal))
+
+
 def _is_capturing(device: torch.device) -> bool:
     return device.type in NATIVE_TYPES and torch.cuda.is_current_stream_capturing()
 

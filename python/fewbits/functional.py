@@ -151,9 +151,7 @@ def quantize_4bit(
     if out is None and absmax is None and not compress_statistics:
         done = _direct.quantize_4bit(A, blocksize, quant_type, quant_storage)
         if done is not None:
-            return done[0], QuantState(
-                done[1], A.shape, shared_table(quant_type, A.device), blocksize, quant_type, A.dtype
-            )
+            return done
     _checks.check_quantize(A, blocksize, quant_type, quant_storage)
     run: Any = backend(A, absmax, out)
     code = shared_table(quant_type, A.device)
@@ -215,7 +213,7 @@ def dequantize_4bit(
     if type(quant_state) is QuantState:
         done = _direct.dequantize_4bit(A, quant_state, quant_state.dtype, out)
         if done is not None:
-            return done if A.size(0) != 1 else _as_given(A, done)
+            return done if A.shape[0] != 1 else _as_given(A, done)
     if quant_state is None:
         if absmax is None or out is None:
             missing = "absmax" if absmax is None else "out"
@@ -378,9 +376,7 @@ def quantize_blockwise(
     if absmax is None and out is None and not nested:
         done = _direct.quantize_blockwise(A, code, blocksize)
         if done is not None:
-            return done[0], QuantState(
-                done[1], code=shared_table("dynamic", A.device), blocksize=blocksize, dtype=A.dtype
-            )
+            return done
     if nested:
         _checks.check_quantize(A, blocksize)
     else:

@@ -4,13 +4,13 @@
 //   absmax_codes  = 8-bit blockwise codes of absmax - offset, blocks of 256, signed dynamic map
 //
 //   absmax        count float32, written by the launch before
-//   sums          its blocks' sums of them (exact_sum.cuh)
+//   sums          its blocks' sums of them (block_sums.cuh)
 //   nested_absmax ceil(count / 256) float32
 //
-// Work: every block adds those few sums up for itself, so that no block waits for another. A warp then takes nested blocks, the
-// next one's loads ahead of it. The launch is bound by its latencies, not by bytes or instructions: the table is loaded while the
-// launch before ends, the first maxima while the sums are added up.
-#include "exact_sum.cuh"
+// Work: the launch is bound by its latencies, not by bytes or instructions. It starts while the one before ends, loads its table and
+// waits for the sums. Every block adds those up for itself, one warp of it, while the others load maxima. A warp then takes nested
+// blocks, the next one's loads ahead of it.
+#include "block_sums.cuh"
 #include "nearest.cuh"
 
 constexpr int THREADS = 512;
@@ -47,23 +47,32 @@ __device__ __noinline__ void encode_carefully(const Nearest& table, const float*
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
-    quantize_absmax(const float* absmax, i64 count, const unsigned* sums, float* offset, u8* absmax_codes,
-                    float* nested_absmax) {
+    quantize_absmax(const float* absmax, i64 count, const Sums* sums, float* offset, u8* absmax_codes, float* nested_absmax) {
     __shared__ __align__(16) unsigned entries[DYNAMIC_PADDED];
     __shared__ float shared_mean;
+    __shared__ bool exact;
     load_table(entries, DYNAMIC_ENTRIES, DYNAMIC_LENGTH);
-    wait_for_previous_kernel();
 
-    const int lane = threadIdx.x % WARP;
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     const i64 blocks = (count + NESTED - 1) / NESTED, stride = (i64)gridDim.x * WARPS;
     const i64 whole = is_aligned(absmax, 16) && is_aligned(absmax_codes, 8) ? count / NESTED : 0;
-    // Neighbouring nested blocks go to different multiprocessors, so that few of them also keep all busy.
-    i64 block = (i64)(threadIdx.x / WARP) * gridDim.x + blockIdx.x;
+    // Few nested blocks go to as many multiprocessors; of more, the blocks that start last have fewer.
+    i64 block = blocks <= stride ? (i64)warp * gridDim.x + blockIdx.x : (i64)blockIdx.x * WARPS + warp;
+    PlainSum sum;
+    if (warp == 0) sum = wait_for_sums(sums);
+    __syncthreads();
     float next[RUN] = {};
     if (block < whole) load_run(absmax, block, next);
-    const double total = load_total(sums);
-    if (threadIdx.x == 0) shared_mean = (float)(total / (double)count);
+    if (warp == 0) {
+        sum = warp_sum(sum);
+        if (lane == 0) shared_mean = (float)(sum.value / (double)count), exact = sum.is_exact();
+    }
     __syncthreads();
+    if (!exact) {
+        const double total = total_of_limbs(sums->limbs, sums->blocks);
+        if (threadIdx.x == 0) shared_mean = (float)(total / (double)count);
+        __syncthreads();
+    }
     const float mean = shared_mean;
     if (blockIdx.x == 0 && threadIdx.x == 0) *offset = mean;
 
@@ -92,4 +101,5 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
 #pragma unroll 1
     for (; block < blocks; block += stride)
         encode_carefully(table, absmax, block, count, mean, absmax_codes, nested_absmax);
+    wait_for_previous_kernel();  // so that its end is part of this one's
 }

@@ -1,5 +1,6 @@
-// The sum of float32 magnitudes without rounding: LIMBS words of 32 bits, the lowest first, in units of 2^-149
-// (core/src/exact_sum.rs is the CPU's). What is exact depends on no order, so every grid of every device finds the same sum.
+// The sum of float32 magnitudes without rounding: in float64 as long as that holds it, else as LIMBS words of 32 bits, the lowest
+// first, in units of 2^-149 (core/src/exact_sum.rs is the CPU's). What is exact depends on no order, so every grid of every device
+// finds the same sum.
 #pragma once
 #include "element.cuh"
 
@@ -7,7 +8,27 @@ typedef unsigned long long u64;
 
 constexpr int LIMBS = 10;        // 2^30 values below 2^128: 307 bits
 constexpr int MAX_SUMS = 1024;   // blocks of a launch that sums
-constexpr int SUMS_HEADER = 4;   // words before the sums: how many there are, and three to keep 16 bytes aligned
+
+// A sum in float64, exact as long as it has at most 53 bits.
+struct PlainSum {
+    static constexpr int TOP = 200;           // no last bit is higher
+    static constexpr unsigned UNKNOWN = 1000; // in the place of `low`, of a sum that is not exact anyway
+
+    double value = 0.0;
+    unsigned low = 0;  // every value is a multiple of 2^(TOP - low)
+
+    __device__ __forceinline__ bool is_exact() const {
+        return low <= TOP + 149 && value < __longlong_as_double((i64)(1023 + TOP + 53 - low) << 52);
+    }
+};
+
+// The sum of a warp's, in every lane.
+__device__ __forceinline__ PlainSum warp_sum(PlainSum sum) {
+#pragma unroll
+    for (int distance = WARP / 2; distance > 0; distance /= 2) sum.value += __shfl_xor_sync(FULL_WARP, sum.value, distance);
+    sum.low = warp_max(sum.low);
+    return sum;
+}
 
 // The sum of a warp's values, in every lane.
 __device__ __forceinline__ u64 warp_sum(u64 value) {
@@ -41,117 +62,54 @@ __device__ __noinline__ void add_value(unsigned* limbs, unsigned bits) {
 // A float32 in units of its own last bit.
 __device__ __forceinline__ unsigned significand(unsigned bits) { return (bits & 0x7fffffu) | 0x800000u; }
 
-// Writes the sum of the maxima that this block of quantize.cu wrote, for the next launch: the maxima of every gridDim.x-th piece of
-// PIECE elements. They are read again, out of the L2 cache: to add them up on the way takes every tile 15 instructions, which cost
-// twice as much. Called by all threads.
+// Word `limb` of a float64 sum of float32 magnitudes.
+__device__ __forceinline__ unsigned limb_of(double sum, int limb) {
+    const u64 bits = __double_as_longlong(sum);
+    const int position = (int)(bits >> 52) - 1023 - 52 + 149, shift = 32 * limb - position;
+    const u64 digits = (bits & ((1ull << 52) - 1)) | 1ull << 52;
+    if (bits == 0 || shift >= 64 || shift <= -32) return 0;
+    return (unsigned)(shift >= 0 ? digits >> shift : digits << -shift);
+}
+
+// The limbs of a sum of `values`: those of every gridDim.x-th unit of 2^log2_unit, from unit blockIdx.x on. Called by all threads of
+// a block; `limbs` are shared.
 //
 // Block maxima differ little in exponent: a lane adds those inside a window of exponents in a register, and whatever lies outside
 // to the limbs.
-template <int PIECE, int THREADS>
-__device__ __forceinline__ void store_block_sum(const float* absmax, i64 n, int log2_blocksize, unsigned* sums) {
-    constexpr int VALUES = 16;                // a lane at a time, in pairs: a piece has two maxima at least
-    constexpr int STRIDE = 2 * THREADS;       // maxima of a pair a lane: whole pieces
+__device__ __noinline__ void sum_limbs(const float* values, i64 count, int log2_unit, unsigned* limbs) {
     constexpr unsigned SPAN = 16, BELOW = 9;  // exponents of the window, a power of two: room for 2^25 values a warp
-    static_assert(STRIDE % (PIECE / 32) == 0, "whole pieces");
-    __shared__ unsigned limbs[LIMBS];
     if (threadIdx.x < LIMBS) limbs[threadIdx.x] = 0;
-    __syncthreads();  // also: all maxima are written
-
-    const i64 count = (n + (1 << log2_blocksize) - 1) >> log2_blocksize;
-    const unsigned per_piece = PIECE >> log2_blocksize, log2_per_piece = 31 - __clz(per_piece);
-    const unsigned last_piece = (unsigned)((count - 1) >> log2_per_piece);
-    const unsigned steps = (last_piece - blockIdx.x) / gridDim.x;
-    const bool has_last = blockIdx.x + steps * gridDim.x == last_piece;
-    const unsigned own = (steps << log2_per_piece) +
-                         (has_last ? (unsigned)(count - ((i64)last_piece << log2_per_piece)) : per_piece);
-    // Where maximum i of this block's lies.
-    const auto address = [&](unsigned i) {
-        const unsigned piece = blockIdx.x + (i >> log2_per_piece) * gridDim.x;
-        return absmax + ((i64)piece << log2_per_piece) + (i & (per_piece - 1));
-    };
-    if (own % 2 != 0 && threadIdx.x == 0) add_value(limbs, __float_as_uint(*address(own - 1)));
-
+    __syncthreads();
     u64 sum = 0;
     unsigned lowest = 255;  // the window's exponent, the warp's; here one that no value has
-    const float* at = address(2 * threadIdx.x);
-    int left = (int)own - 1 - 2 * (int)threadIdx.x;  // a pair is there while this is positive
-#pragma unroll 1
-    for (unsigned first = 0; first + 1 < own; first += VALUES / 2 * STRIDE) {
-        unsigned bits[VALUES];
-#pragma unroll
-        for (int k = 0; k < VALUES / 2; k++) {
-            const uint2* pair = reinterpret_cast<const uint2*>(at + (u64)k * (STRIDE * gridDim.x));
-            const uint2 v = left > k * STRIDE ? *pair : make_uint2(0, 0);
-            bits[2 * k] = v.x, bits[2 * k + 1] = v.y;
-        }
+#pragma unroll 4
+    for (i64 i = threadIdx.x;; i += blockDim.x) {
+        const i64 unit = (i >> log2_unit) * gridDim.x + blockIdx.x, at = (unit << log2_unit) + (i & ((1 << log2_unit) - 1));
+        if (!__any_sync(FULL_WARP, at < count)) break;
+        const unsigned bits = at < count ? __float_as_uint(values[at]) : 0;
         if (lowest == 255) {
-            unsigned largest = 0;
-#pragma unroll
-            for (int k = 0; k < VALUES; k++) largest = max(largest, bits[k]);
-            const unsigned exponent = warp_max(largest) >> 23;
+            const unsigned exponent = warp_max(bits) >> 23;
             if (exponent != 0) lowest = max(exponent, BELOW + 1) - BELOW;
         }
-        unsigned shifts = 0;
-        u64 inside = 0;
-#pragma unroll
-        for (int k = 0; k < VALUES; k++) {
-            const unsigned shift = (bits[k] >> 23) - lowest;
-            if (left > k / 2 * STRIDE) shifts |= shift;
-            inside += (u64)significand(bits[k]) * shift_left(1, shift);  // 0 for zeros, whose shift is negative
-        }
-        if (shifts >= SPAN) {
-            shifts = 0;
-#pragma unroll
-            for (int k = 0; k < VALUES; k++)
-                if (bits[k] != 0) shifts |= (bits[k] >> 23) - lowest;
-        }
-        if (shifts < SPAN) {
-            sum += inside;
-        } else {
-#pragma unroll 1
-            for (int k = 0; k < VALUES; k++) {
-                const unsigned shift = (bits[0] >> 23) - lowest;
-                if (shift < SPAN)
-                    sum += (u64)significand(bits[0]) << shift;
-                else if (bits[0] != 0)
-                    add_value(limbs, bits[0]);
-                // Registers have no index.
-#pragma unroll
-                for (int i = 1; i < VALUES; i++) bits[i - 1] = bits[i];
-            }
-        }
-        at += (u64)(VALUES / 2) * (STRIDE * gridDim.x);
-        left -= VALUES / 2 * STRIDE;
+        const unsigned shift = (bits >> 23) - lowest;
+        if (shift < SPAN)
+            sum += (u64)significand(bits) << shift;
+        else if (bits != 0)
+            add_value(limbs, bits);
     }
     sum = warp_sum(sum);
     if (threadIdx.x % WARP == 0 && sum != 0) add_shifted(limbs, lowest - 1, sum);
     __syncthreads();
-    if (threadIdx.x < LIMBS) sums[SUMS_HEADER + threadIdx.x * MAX_SUMS + blockIdx.x] = limbs[threadIdx.x];
-    if (blockIdx.x == 0 && threadIdx.x == 0) sums[0] = gridDim.x;
 }
 
-// The total of those sums, rounded once, ties to even; in the first warp's lanes alone. Called by all threads of a block of at least
-// LIMBS warps.
-__device__ __forceinline__ double load_total(const unsigned* sums) {
+// The total of `count` sums, a row of each limb's words, rounded once, ties to even; in the first warp's lanes alone. Called by all
+// threads of a block of at least LIMBS warps.
+__device__ __noinline__ double total_of_limbs(const unsigned (&sums)[LIMBS][MAX_SUMS], int count) {
     __shared__ u64 totals[LIMBS];
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     if (warp < LIMBS) {
-        constexpr int LOADS = 8;
-        const uint2* row = reinterpret_cast<const uint2*>(sums + SUMS_HEADER + warp * MAX_SUMS);
-        const int count = sums[0];
-        // The first words are asked for together with their number; what lies past it was never written.
         u64 total = 0;
-        int first = 2 * lane;
-        do {
-            uint2 v[LOADS];
-#pragma unroll
-            for (int i = 0; i < LOADS; i++) v[i] = row[first / 2 + i * WARP];
-#pragma unroll
-            for (int i = 0; i < LOADS; i++, first += 2 * WARP) {
-                total += first < count ? v[i].x : 0;
-                total += first + 1 < count ? v[i].y : 0;
-            }
-        } while (first - 2 * lane < count);
+        for (int i = lane; i < count; i += WARP) total += sums[warp][i];
         total = warp_sum(total);
         if (lane == 0) totals[warp] = total;
     }

@@ -131,6 +131,27 @@ __device__ __forceinline__ unsigned long long load_acquire(const unsigned long l
     return value;
 }
 
+// Both in no order; a fence makes one.
+__device__ __forceinline__ void store_relaxed(unsigned long long* address, unsigned long long value) {
+    asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(address), "l"(value) : "memory");
+}
+__device__ __forceinline__ unsigned long long load_relaxed(const unsigned long long* address) {
+    unsigned long long value;
+    asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(address) : "memory");
+    return value;
+}
+__device__ __forceinline__ void fence() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
+
+// Counts up a number in shared memory and returns what it was. (For an addition the compiler would ask all lanes first.)
+__device__ __forceinline__ int count_up(unsigned* shared) {
+    unsigned count;
+    asm volatile("atom.shared.inc.u32 %0, [%1], 0x7fffffff;"
+                 : "=r"(count)
+                 : "r"((unsigned)__cvta_generic_to_shared(shared))
+                 : "memory");
+    return (int)count;
+}
+
 // Reads global memory as the L2 cache has it.
 __device__ __forceinline__ unsigned load_l2(const unsigned* address) {
     unsigned v;

@@ -5,20 +5,22 @@
 //
 //   x       n elements of E                     codes   n bytes, or (n + 1) / 2 bytes of two codes, the first in the high nibble
 //   absmax  ceil(n / blocksize) float32         code    256 float32, or null for the signed dynamic map
-//   sums    the launch's sums of absmax (exact_sum.cuh), for double_quant.cu; or null
+//   sums    the launch's sums of absmax (block_sums.cuh), for double_quant.cu; or null
 //
 // Work: a tile is VECTORS 16-byte vectors a lane of a warp. Small blocks share a warp, `lanes` lanes each; larger ones take
 // several vectors of every lane, and the largest several warps, which meet in shared memory. The block size is an argument,
 // so that one kernel a type serves them all.
+// A multiprocessor favours its oldest warps: were each given as many tiles, the youngest would end alone. So a large tensor has one
+// block a multiprocessor, whose warps take tiles as they get free; small ones have more blocks of fewer threads.
 // Whole tiles of aligned, finite numbers take the fast path, in registers; the rest (tails, odd addresses, NaN, infinity,
 // subnormal blocks, codes without a table) the careful one, which reads a block twice.
 // Bytes an element: sizeof(E) read, 1 or 1/2 written, 4 / blocksize of absmax. Searching a code would be bound by
 // instructions, hence the one-read table of nearest.cuh.
-#include "exact_sum.cuh"
+#include "block_sums.cuh"
 #include "nearest.cuh"
 
-constexpr int THREADS = 512;
-constexpr int WARPS = THREADS / WARP;
+constexpr int MAX_THREADS = 1024;  // and at least 256: the warps of a block go on together
+constexpr int MAX_WARPS = MAX_THREADS / WARP;
 constexpr int VECTORS = 4;
 
 // Four bits an element.
@@ -187,10 +189,10 @@ struct Encode8 {
 };
 
 // The careful path: one block, or where `lanes` are fewer than a warp's, the blocks of one vector a lane. `index` is this lane's
-// first vector, `vectors` how many it has.
+// first vector, `vectors` how many it has. Returns the bits of the maximum that this lane has written, 0 for none.
 template <class E, class Encode>
-__device__ __noinline__ void quantize_carefully(const typename E::storage* x, i64 index, i64 n, int vectors, int lanes,
-                                                Encode encode, u8* codes, float* absmax, int log2_blocksize) {
+__device__ __noinline__ unsigned quantize_carefully(const typename E::storage* x, i64 index, i64 n, int vectors, int lanes,
+                                                    Encode encode, u8* codes, float* absmax, int log2_blocksize) {
     const bool aligned = is_aligned(x, 16);
     float f[E::PER_VECTOR];
     unsigned m = 0;
@@ -214,44 +216,66 @@ __device__ __noinline__ void quantize_carefully(const typename E::storage* x, i6
         encode.template store_some<E>(f, signs, codes, vector * E::PER_VECTOR, n);
     }
     const i64 first = index * E::PER_VECTOR;
-    if (first < n && (threadIdx.x & (lanes - 1)) == 0) absmax[first >> log2_blocksize] = __uint_as_float(m);
+    if (first >= n || (threadIdx.x & (lanes - 1)) != 0) return 0;
+    absmax[first >> log2_blocksize] = __uint_as_float(m);
+    return m;
 }
 
 template <class E, class Encode>
 __device__ __forceinline__ void quantize(const typename E::storage* x, const float* code, u8* codes, float* absmax,
-                                         i64 n, int log2_blocksize, int quant_type, unsigned* sums) {
+                                         i64 n, int log2_blocksize, int quant_type, Sums* sums) {
     constexpr int N = E::PER_VECTOR;
     constexpr int SPAN = WARP * N;  // elements of one vector a lane
     constexpr int TILE = VECTORS * SPAN;
     __shared__ typename Encode::Shared shared;
-    __shared__ unsigned warp_max[2][WARPS];
-    const Encode encode(shared, code, quant_type);
-    let_next_kernel_start();
+    __shared__ unsigned warp_max[2][MAX_WARPS], next_slot;
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
+    if (threadIdx.x == 0) next_slot = warps;
+    const Encode encode(shared, code, quant_type);  // meets at a barrier
+    if (!Encode::SUMS || !sums) {
+        let_next_kernel_start();
+    } else if (warp == warps - 1) {
+        open_sum(sums);
+        let_next_kernel_start();
+    }
 
     const int blocksize = 1 << log2_blocksize;
     const int lanes = min(WARP, blocksize / N);
     const int per_block = max(1, blocksize / SPAN);  // vectors a lane in one block, over all of its warps
     const int block_warps = max(1, blocksize / TILE);
-    const i64 group = (i64)block_warps * TILE;       // elements of those warps' tiles
-    const bool fast = encode.has_table() && is_aligned(x, 16) && is_aligned(codes, 8);
-    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-    const i64 tiles = (n + TILE - 1) / TILE;
-    // A lane stores the maximum of one of its vectors, so that a warp's leave together.
+    // Warps that go on together; at least four, since there are not enough barriers for pairs.
+    const int together = block_warps > 1 ? max(4, block_warps) : 1;
+    const int tiles = (int)((n + TILE - 1) / TILE);
+    const int whole_tiles = encode.has_table() && is_aligned(x, 16) && is_aligned(codes, 8) ? (int)(n / TILE) : 0;
+    // A lane stores the maximum of one of its vectors, so that a warp's leave together: the one that begins at this element of the tile.
     const int own_vector = lane & (lanes - 1);
     const bool owner =
         own_vector < VECTORS && (own_vector & (per_block - 1)) == 0 && (warp & (block_warps - 1)) == 0;
-    int parity = 0;
-    for (i64 base = (i64)blockIdx.x * WARPS; base < tiles; base += (i64)gridDim.x * WARPS, parity ^= 1) {
-        const i64 tile = base + warp;
-        const i64 index = tile * (VECTORS * WARP) + lane;
+    const int own_at = owner ? own_vector * SPAN + lane * N : -1;
+    OwnMaxima own_maxima;
+    // Slot s, a multiple of `together`, is as many tiles from s * gridDim.x + blockIdx.x * together on.
+    const int first_tile = (int)blockIdx.x * together + (warp & (together - 1));
+    int slot = warp & -together;
+#pragma unroll 1
+    while (true) {
+        const int tile = slot * (int)gridDim.x + first_tile;
+        const i64 index = (i64)tile * (VECTORS * WARP) + lane;
+        if ((tile & -together) >= tiles) break;
         // All warps of a block decide alike.
-        const bool whole = fast && (tile * TILE & -group) + group <= n;
+        const bool whole = (tile | (block_warps - 1)) < whole_tiles;
+        const int parity = (slot & warps) != 0;
 
         uint4 v[VECTORS] = {};
         unsigned m[VECTORS];
         if (whole) {
 #pragma unroll
             for (int k = 0; k < VECTORS; k++) v[k] = load_once(reinterpret_cast<const uint4*>(x) + index + k * WARP);
+        }
+        if (block_warps > 1) {
+            slot += warps;
+        } else {
+            if (lane == 0) slot = count_up(&next_slot);
+            slot = __shfl_sync(FULL_WARP, slot, 0);
         }
 #pragma unroll
         for (int k = 0; k < VECTORS; k++) m[k] = E::absmax(v[k]);
@@ -264,7 +288,7 @@ __device__ __forceinline__ void quantize(const typename E::storage* x, const flo
         if (block_warps > 1) {
             if (lane == 0) warp_max[parity][warp] = m[0];
             const int first = warp & -block_warps;
-            barrier(1 + first / block_warps, block_warps * WARP);
+            barrier(1 + (together == 4 ? warp / 4 : warp / 8), together * WARP);
             m[0] = max_over_lanes(warp_max[parity][first + (lane & (block_warps - 1))], block_warps);
             m[1] = m[2] = m[3] = m[0];
         }
@@ -275,14 +299,19 @@ __device__ __forceinline__ void quantize(const typename E::storage* x, const flo
             if ((warp & (block_warps - 1)) == 0 && tile < tiles) {
                 const int last = max(VECTORS, per_block);
 #pragma unroll 1
-                for (int k = 0; k < last; k += per_block)
-                    quantize_carefully<E>(x, index + (i64)k * WARP, n, per_block, lanes, encode, codes, absmax, log2_blocksize);
+                for (int k = 0; k < last; k += per_block) {
+                    const i64 first = index + (i64)k * WARP;
+                    const unsigned own =
+                        quantize_carefully<E>(x, first, n, per_block, lanes, encode, codes, absmax, log2_blocksize);
+                    if (Encode::SUMS) own_maxima.add(own);
+                }
             }
             continue;
         }
-        if (owner) {
-            const unsigned own = own_vector & 2 ? (own_vector & 1 ? m[3] : m[2]) : (own_vector & 1 ? m[1] : m[0]);
-            absmax[(tile * TILE + own_vector * SPAN + lane * N) >> log2_blocksize] = __uint_as_float(own);
+        if (own_at >= 0) {
+            const unsigned own = own_at & 2 * SPAN ? (own_at & SPAN ? m[3] : m[2]) : (own_at & SPAN ? m[1] : m[0]);
+            absmax[((i64)tile * TILE + own_at) >> log2_blocksize] = __uint_as_float(own);
+            if (Encode::SUMS && sums) own_maxima.add(own);
         }
         // For small enough maxima the reciprocal takes the scale in: one product an element instead of two.
         const bool folded = __all_sync(FULL_WARP, __uint_as_float(largest) < encode.fold_limit);
@@ -301,14 +330,15 @@ __device__ __forceinline__ void quantize(const typename E::storage* x, const flo
             encode.template store<E>(f, v[k], codes, (index + k * WARP) * N);
         }
     }
-    if (Encode::SUMS && sums) store_block_sum<WARPS * TILE, THREADS>(absmax, n, log2_blocksize, sums);
+    if (Encode::SUMS && sums)
+        store_sum(own_maxima, absmax, (n + blocksize - 1) >> log2_blocksize, 31 - __clz(together * TILE) - log2_blocksize, sums);
 }
 
 // One line an instantiation.
 #define QUANTIZE(NAME, E, ENCODE)                                                                                        \
-    extern "C" __global__ void __launch_bounds__(THREADS, 2)                                                             \
+    extern "C" __global__ void __launch_bounds__(MAX_THREADS, 1)                                                         \
         NAME(const E::storage* x, const float* code, u8* codes, float* absmax, i64 n, int log2_blocksize, int quant_type, \
-             unsigned* sums) {                                                                                           \
+             Sums* sums) {                                                                                               \
         quantize<E, ENCODE>(x, code, codes, absmax, n, log2_blocksize, quant_type, sums);                                \
     }
 

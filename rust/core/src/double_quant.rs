@@ -12,8 +12,8 @@ pub const NESTED_BLOCKSIZE: usize = 256;
 const MAX_COUNT: usize = 1 << 30;
 /// Blocks of a launch that sums the maxima; exact_sum.cuh has the same.
 pub(crate) const MAX_SUMS: usize = 1024;
-/// Bytes before the maxima: the number of the launch's sums, padded to 16, and ten words of each.
-pub(crate) const MAXIMA_OFFSET: usize = 16 + 10 * MAX_SUMS * 4;
+/// Bytes before the maxima: block_sums.cuh's `Sums`, a number padded to 16, and of each sum a float64 and ten words.
+pub(crate) const MAXIMA_OFFSET: usize = 16 + MAX_SUMS * (8 + 10 * 4);
 
 /// Addresses of the results.
 #[derive(Debug, Clone, Copy)]

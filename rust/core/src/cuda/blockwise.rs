@@ -1,15 +1,24 @@
 //! Launches of quantize.cu, dequantize.cu and double_quant.cu.
 
+use super::device::device as device_of;
 use super::kernel::Kernel;
 use super::launch::{Grid, Launch, arguments};
 use crate::blockwise::{Absmax, Blocks};
 use crate::double_quant::{MAX_SUMS, MAXIMA_OFFSET, NESTED_BLOCKSIZE, Nested};
 use crate::{QuantType, Result};
 
-/// Pieces that a block of quantize.cu takes at a time: 16 warps, 4 vectors of 16 bytes a lane.
-fn quantize_pieces(blocks: Blocks) -> u64 {
-    let elements = 16 * 32 * 4 * (16 / blocks.dtype.size());
-    blocks.n.div_ceil(elements) as u64
+/// Blocks of quantize.cu. A large tensor has one of 32 warps for each multiprocessor; of a smaller one, whose warps get one tile each
+/// (4 vectors of 16 bytes a lane), more multiprocessors get blocks of fewer warps.
+fn quantize_grid(blocks: Blocks, multiprocessors: u32) -> Grid {
+    let tiles = blocks.n.div_ceil(32 * 4 * (16 / blocks.dtype.size())) as u64;
+    // No more than there is room for sums.
+    let of_warps = |warps: u32| tiles.div_ceil(warps.into()).min(MAX_SUMS as u64);
+    let small = |warps: u32| Grid::Small { blocks: of_warps(warps), threads: warps * 32 };
+    match tiles.div_ceil(multiprocessors.into()) {
+        ..=8 => small(8),
+        ..=32 => small(16),
+        _ => Grid::Resident(of_warps(32)),
+    }
 }
 
 /// Rows of 256 vectors that a block of dequantize.cu takes, and how many blocks that makes: four rows, or one while that leaves
@@ -70,8 +79,7 @@ unsafe fn quantize(
     stream: u64,
 ) -> Result<()> {
     let (n, log2_blocksize, quant_type) = (blocks.n as i64, blocks.log2_blocksize(), quant_type as i32);
-    let pieces = quantize_pieces(blocks);
-    let grid = Grid::Resident(if sums == 0 { pieces } else { pieces.min(MAX_SUMS as u64) });
+    let grid = quantize_grid(blocks, device_of(device)?.multiprocessors);
     let launch = Launch { device, stream, kernel, grid, describe: &|| describe(blocks) };
     // SAFETY: the parameters of quantize.cu's kernels, in order; memory by the caller's promise.
     unsafe { launch.run(arguments![x, code, codes, absmax, n, log2_blocksize, quant_type, sums]) }
@@ -98,8 +106,8 @@ pub unsafe fn quantize_4bit_nested(
         device,
         stream,
         kernel: Kernel::QuantizeAbsmax,
-        // A nested block for each of 16 warps.
-        grid: Grid::Overlapping(count.div_ceil(16 * NESTED_BLOCKSIZE) as u64),
+        // Of the 16 warps of a block half are idle where there are few nested blocks: more multiprocessors are busy.
+        grid: Grid::Overlapping(count.div_ceil(8 * NESTED_BLOCKSIZE) as u64),
         describe: &|| describe(blocks),
     };
     let Nested { absmax_codes, nested_absmax, offset } = nested;

@@ -113,7 +113,8 @@ impl Kernel {
     /// Threads of a block; the sources' `THREADS`.
     pub fn threads(self) -> u32 {
         match self {
-            Self::Quantize4(_) | Self::Quantize8(_) | Self::QuantizeAbsmax => 512,
+            Self::Quantize4(_) | Self::Quantize8(_) => 1024,
+            Self::QuantizeAbsmax => 512,
             Self::Matmul4 { product, .. } => product.threads(),
             Self::Optim(kernel) => kernel.threads(),
             Self::Int8(product, _) => product.threads(),

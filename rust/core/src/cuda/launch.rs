@@ -64,6 +64,13 @@ pub enum Grid {
     Overlapping(u64),
     /// As [`Grid::Pieces`], and may start like those.
     OverlappingPieces(u64),
+    /// So many, of fewer threads than usual.
+    Small {
+        /// How many.
+        blocks: u64,
+        /// Of each.
+        threads: u32,
+    },
 }
 
 /// Pointers to the values of a kernel's parameters.
@@ -97,13 +104,15 @@ impl Launch<'_> {
         let _entered = device.enter()?;
         let function = device.function(self.kernel)?;
         let resident = u64::from(device.multiprocessors * function.resident);
-        let blocks = match self.grid {
-            Grid::Pieces(pieces) | Grid::OverlappingPieces(pieces) => pieces,
-            Grid::Resident(pieces) | Grid::Overlapping(pieces) => pieces.min(resident),
+        let usual = self.kernel.threads();
+        let (blocks, threads) = match self.grid {
+            Grid::Pieces(pieces) | Grid::OverlappingPieces(pieces) => (pieces, usual),
+            Grid::Resident(pieces) | Grid::Overlapping(pieces) => (pieces.min(resident), usual),
+            Grid::Small { blocks, threads } => (blocks, threads),
         };
         // The kernels loop over whatever a grid leaves over.
         let grid = (blocks.clamp(1, 0x7fff_ffff) as u32, 1, 1);
-        let block = (self.kernel.threads(), 1, 1);
+        let block = (threads, 1, 1);
         let stream = self.stream as sys::CUstream;
         // SAFETY: the function belongs to the entered context, and so does the stream; the rest is the caller's promise.
         let launched = unsafe {
