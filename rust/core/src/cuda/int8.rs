@@ -23,6 +23,7 @@ struct RowsProblem {
     m: i64,
     k: i64,
     threshold: f32,
+    few: i32,
 }
 
 /// kernels/int8.cuh
@@ -60,6 +61,7 @@ struct SkinnyProblem {
     codes: TensorMap,
     operands: Operands,
     threshold: f32,
+    after_rows: i32,
 }
 
 /// Where a launch goes.
@@ -69,11 +71,20 @@ struct Queue {
     stream: u64,
 }
 
-/// Quantizes rows; `ready`, where it is not 0, is where the mask's being cleared is told.
+/// Quantizes rows; `ready`, where it is not 0, is where the mask's being cleared is told. `few`: they have a mask each, and the product
+/// that follows reads W while they are being quantized.
 ///
 /// # Safety
 /// As [`crate::int8::quantize_rows`].
-unsafe fn rows_to(rows: Rows, k: usize, threshold: f32, to: Codes, ready: u64, queue: Queue) -> Result<()> {
+unsafe fn rows_to(
+    rows: Rows,
+    k: usize,
+    threshold: f32,
+    to: Codes,
+    ready: u64,
+    few: bool,
+    queue: Queue,
+) -> Result<()> {
     let mask = if threshold > 0.0 { to.mask } else { 0 };
     let ready = if mask == 0 { 0 } else { ready };
     let problem = RowsProblem {
@@ -86,6 +97,7 @@ unsafe fn rows_to(rows: Rows, k: usize, threshold: f32, to: Codes, ready: u64, q
         m: rows.m as i64,
         k: k as i64,
         threshold,
+        few: i32::from(few),
     };
     // A warp takes a short row, a block a long one.
     let pieces = if k * rows.dtype.size() <= 2048 { rows.m.div_ceil(8) } else { rows.m };
@@ -104,7 +116,7 @@ unsafe fn rows_to(rows: Rows, k: usize, threshold: f32, to: Codes, ready: u64, q
 /// As [`crate::int8::quantize_rows`].
 pub unsafe fn quantize_rows(rows: Rows, k: usize, threshold: f32, to: Codes, device: usize, stream: u64) -> Result<()> {
     // SAFETY: the caller's promise.
-    unsafe { rows_to(rows, k, threshold, to, 0, Queue { device, stream }) }
+    unsafe { rows_to(rows, k, threshold, to, 0, false, Queue { device, stream }) }
 }
 
 fn weight_matrix(weight: Weight, rows: u32) -> Matrix {
@@ -145,6 +157,8 @@ struct Call {
     multiprocessors: usize,
     /// Of rows that the kernel quantizes itself.
     threshold: f32,
+    /// The launch before it has quantized the rows for it.
+    after_rows: bool,
     /// Where parts of tiles meet, or 0.
     workspace: u64,
     queue: Queue,
@@ -180,17 +194,22 @@ impl Call {
                     let tiles = m.div_ceil(rows) * n.div_ceil(128);
                     self.launch(arguments![operands], Grid::Overlapping(tiles as u64))
                 }
-                Int8Product::SkinnyOwn | Int8Product::Skinny8 | Int8Product::Skinny16 | Int8Product::Skinny32 => {
+                Int8Product::SkinnyOwn
+                | Int8Product::SkinnyKept8
+                | Int8Product::SkinnyKept16
+                | Int8Product::Skinny8
+                | Int8Product::Skinny16
+                | Int8Product::Skinny32 => {
                     let (rows, tokens) = match self.product {
                         Int8Product::Skinny32 => (32, 32),
-                        Int8Product::Skinny16 => (32, 16),
+                        Int8Product::Skinny16 | Int8Product::SkinnyKept16 => (32, 16),
                         _ => (16, 8),
                     };
                     let map = weight_matrix(weight, rows).map()?;
                     // Own rows do not come by the copy engine.
                     let own = self.product == Int8Product::SkinnyOwn;
                     let codes = if own { map } else { matrix(operands.codes, m, k, tokens).map()? };
-                    let problem = SkinnyProblem { weight: map, codes, operands, threshold: self.threshold };
+                    let problem = SkinnyProblem { weight: map, codes, operands, threshold: self.threshold, after_rows: i32::from(self.after_rows) };
                     self.launch(arguments![problem], Grid::Overlapping(n.div_ceil(rows as usize) as u64))
                 }
                 Int8Product::Wide64 | Int8Product::Wide128 | Int8Product::Wide256 => {
@@ -257,6 +276,7 @@ pub unsafe fn matmul(
         weight,
         multiprocessors: at.multiprocessors,
         threshold: 0.0,
+        after_rows: false,
         workspace: 0,
         queue: Queue { device, stream },
     };
@@ -276,12 +296,15 @@ const ALIGNMENT: usize = 256;
 /// Of kernels/int8.cuh's flags, `FLAGS` times `FLAG_STRIDE` numbers.
 const FLAG_BYTES: usize = 16 * 16 * 8;
 
+/// Rows that may have a mask each.
+const MASKS: usize = 16;
+
 impl Layout {
     /// The flags that the mask is cleared lie first.
     fn new(m: usize, k: usize) -> Self {
         let after = |start: usize, bytes: usize| (start + bytes).next_multiple_of(ALIGNMENT);
         let mask = FLAG_BYTES;
-        let scales = after(mask, 4 * k.div_ceil(32));
+        let scales = after(mask, 4 * k.div_ceil(32) * m.min(MASKS));
         let codes = after(scales, 4 * m);
         Self { mask, scales, codes, parts: after(codes, m * k) }
     }
@@ -322,15 +345,17 @@ pub unsafe fn linear(
         weight,
         multiprocessors: at.multiprocessors,
         threshold,
+        after_rows: product != Int8Product::SkinnyOwn,
         workspace: place(layout.parts),
         queue,
     };
     if product != Int8Product::SkinnyOwn {
         let mask = if threshold > 0.0 { place(layout.mask) } else { 0 };
-        let ready = if threshold > 0.0 { base } else { 0 };
+        let few = product.keeps_rows();
+        let ready = if threshold > 0.0 && !few { base } else { 0 };
         let codes = Codes { codes: place(layout.codes), scales: place(layout.scales), mask };
         // SAFETY: the caller's promise; the workspace has the size of this layout.
-        unsafe { rows_to(rows, k, threshold, codes, ready, queue)? };
+        unsafe { rows_to(rows, k, threshold, codes, ready, few, queue)? };
         call.operands = operands(rows, codes, ready, weight, output);
     }
     // SAFETY: the caller's promise.
@@ -360,6 +385,7 @@ pub unsafe fn matmul_int32(
         weight,
         multiprocessors: at.multiprocessors,
         threshold: 0.0,
+        after_rows: false,
         workspace: 0,
         queue: Queue { device, stream },
     };
