@@ -119,6 +119,18 @@ def test_layers(shape: tuple[int, int, int], dtype: torch.dtype, outliers: int |
         layer.check(layer.linear(threshold), threshold)
 
 
+@pytest.mark.parametrize("outliers", [0, 5, 33, 2000])
+def test_a_long_product(outliers: int, cuda: torch.device) -> None:
+    """There few and many outlier columns have launches of their own. A graph takes the one or the other."""
+    layer = Layer(2048, 14336, 4096, torch.bfloat16, outliers, cuda)
+    for threshold in (0.0, 6.0):
+        layer.check(layer.linear(threshold), threshold)
+    again = replayed(lambda: layer.linear(6.0))
+    for count in (0, 2000, 5):
+        layer.x.copy_(Layer(2048, 14336, 4096, torch.bfloat16, count, cuda).x)
+        assert torch.equal(again(), layer.linear(6.0))
+
+
 FORCED = """
 import sys
 sys.path.insert(0, {tests!r})

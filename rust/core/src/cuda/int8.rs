@@ -51,7 +51,6 @@ struct WideProblem {
     codes: TensorMap,
     x: TensorMap,
     operands: Operands,
-    two_passes: i32,
 }
 
 /// kernels/int8_skinny.cu
@@ -76,15 +75,7 @@ struct Queue {
 ///
 /// # Safety
 /// As [`crate::int8::quantize_rows`].
-unsafe fn rows_to(
-    rows: Rows,
-    k: usize,
-    threshold: f32,
-    to: Codes,
-    ready: u64,
-    few: bool,
-    queue: Queue,
-) -> Result<()> {
+unsafe fn rows_to(rows: Rows, k: usize, threshold: f32, to: Codes, ready: u64, few: bool, queue: Queue) -> Result<()> {
     let mask = if threshold > 0.0 { to.mask } else { 0 };
     let ready = if mask == 0 { 0 } else { ready };
     let problem = RowsProblem {
@@ -166,13 +157,20 @@ struct Call {
 
 impl Call {
     /// # Safety
-    /// `arguments` are the parameters of the product's kernels, with addresses by the promise of [`matmul`].
+    /// As [`Call::launch_kernel`].
     unsafe fn launch(&self, arguments: &mut [*mut c_void], grid: Grid) -> Result<()> {
+        // SAFETY: the caller's promise.
+        unsafe { self.launch_kernel(Kernel::Int8(self.product, self.dtype), arguments, grid) }
+    }
+
+    /// # Safety
+    /// `arguments` are the parameters of the product's kernels, with addresses by the promise of [`matmul`].
+    unsafe fn launch_kernel(&self, kernel: Kernel, arguments: &mut [*mut c_void], grid: Grid) -> Result<()> {
         let Operands { m, n, k, .. } = self.operands;
         let launch = Launch {
             device: self.queue.device,
             stream: self.queue.stream,
-            kernel: Kernel::Int8(self.product, self.dtype),
+            kernel,
             grid,
             describe: &|| format!("{m} x {k} by {n} x {k} of int8"),
         };
@@ -209,7 +207,13 @@ impl Call {
                     // Own rows do not come by the copy engine.
                     let own = self.product == Int8Product::SkinnyOwn;
                     let codes = if own { map } else { matrix(operands.codes, m, k, tokens).map()? };
-                    let problem = SkinnyProblem { weight: map, codes, operands, threshold: self.threshold, after_rows: i32::from(self.after_rows) };
+                    let problem = SkinnyProblem {
+                        weight: map,
+                        codes,
+                        operands,
+                        threshold: self.threshold,
+                        after_rows: i32::from(self.after_rows),
+                    };
                     self.launch(arguments![problem], Grid::Overlapping(n.div_ceil(rows as usize) as u64))
                 }
                 Int8Product::Wide64 | Int8Product::Wide128 | Int8Product::Wide256 => {
@@ -222,18 +226,24 @@ impl Call {
                         box_shape: (columns as u32 / 2, 64),
                         swizzled: true,
                     };
-                    let two_passes =
-                        operands.mask != 0 && self.dtype.is_some_and(|dtype| dtype.size() == 2) && x.is_copyable();
+                    // Many outlier columns are for what 16-bit tensor cores and the copy engine take.
+                    let many = self.dtype.filter(|dtype| operands.mask != 0 && dtype.size() == 2 && x.is_copyable());
                     let problem = WideProblem {
                         weight: weight_matrix(weight, 128).map()?,
                         codes,
-                        x: if two_passes { x.map()? } else { codes },
+                        x: if many.is_some() { x.map()? } else { codes },
                         operands,
-                        two_passes: i32::from(two_passes),
                     };
                     let runs = self.product.runs(m, n, k, self.multiprocessors, self.workspace != 0);
                     let split = runs.split(self.workspace);
-                    self.launch(arguments![problem, split], Grid::Overlapping(2 * runs.clusters as u64))
+                    let (product, grid) = (self.product, Grid::Overlapping(2 * runs.clusters as u64));
+                    let Some(dtype) = many else { return self.launch(arguments![problem, split], grid) };
+                    // Of two, one finds that the other has all to do.
+                    for &outliers in product.outlier_launches(m, n, k, runs) {
+                        let kernel = Kernel::Int8Outliers(product, dtype, outliers);
+                        self.launch_kernel(kernel, arguments![problem, split], grid)?;
+                    }
+                    Ok(())
                 }
             }
         }
