@@ -26,6 +26,8 @@ PRODUCTS = [
     "mma_16",
     "mma_128",
     "skinny_own",
+    "skinny_kept_8",
+    "skinny_kept_16",
     "skinny_8",
     "skinny_16",
     "skinny_32",
@@ -39,6 +41,7 @@ SHAPES = [
     (1, 300, 4096),
     (3, 4100, 272),
     (8, 136, 8192),
+    (13, 1030, 4080),
     (16, 514, 4112),
     (31, 200, 2064),
     (40, 260, 1040),
@@ -67,6 +70,10 @@ class Layer:
 
     def linear(self, threshold: float) -> torch.Tensor:
         """The whole operation, on the current stream."""
+        return self.prepared(threshold)()
+
+    def prepared(self, threshold: float) -> Callable[[], torch.Tensor]:
+        """The same later, without a launch of its own."""
         device, queue = target_queue(self.x.device)
         out = torch.full((self.m, self.n), float("nan"), dtype=self.dtype, device=self.x.device)
         size = _native.int8_linear_workspace_size(self.m, self.n, self.k, device)
@@ -74,10 +81,14 @@ class Layer:
         workspace = torch.randint(0, 256, (size,), dtype=torch.uint8, device=self.x.device)
         arguments = (self.weight.data_ptr(), self.n, self.scale.data_ptr(), self.bias.data_ptr(), out.data_ptr())
         number = NUMBERS[self.dtype]
-        _native.int8_linear(
-            self.x.data_ptr(), self.m, self.k, number, threshold, *arguments, workspace.data_ptr(), device, queue
-        )
-        return out
+
+        def run() -> torch.Tensor:
+            _native.int8_linear(
+                self.x.data_ptr(), self.m, self.k, number, threshold, *arguments, workspace.data_ptr(), device, queue
+            )
+            return out
+
+        return run
 
     def expected(self, threshold: float) -> torch.Tensor:
         """By the definition, in float64."""
@@ -106,6 +117,18 @@ def test_layers(shape: tuple[int, int, int], dtype: torch.dtype, outliers: int |
     layer = Layer(*shape, dtype, min({"half": k // 2, "all": k}.get(outliers, outliers), k), cuda)
     for threshold in (0.0, 6.0):
         layer.check(layer.linear(threshold), threshold)
+
+
+@pytest.mark.parametrize("outliers", [0, 5, 33, 2000])
+def test_a_long_product(outliers: int, cuda: torch.device) -> None:
+    """There few and many outlier columns have launches of their own. A graph takes the one or the other."""
+    layer = Layer(2048, 14336, 4096, torch.bfloat16, outliers, cuda)
+    for threshold in (0.0, 6.0):
+        layer.check(layer.linear(threshold), threshold)
+    again = replayed(lambda: layer.linear(6.0))
+    for count in (0, 2000, 5):
+        layer.x.copy_(Layer(2048, 14336, 4096, torch.bfloat16, count, cuda).x)
+        assert torch.equal(again(), layer.linear(6.0))
 
 
 FORCED = """
@@ -198,6 +221,44 @@ def test_layers_one_after_another(cuda: torch.device) -> None:
         return x
 
     assert torch.equal(chain(False), chain(True))
+
+
+@pytest.mark.parametrize("threshold", [0.0, 6.0])
+@pytest.mark.parametrize("m", [1, 4, 8, 16, 32, 100])
+def test_operands_written_just_before(m: int, threshold: float, cuda: torch.device) -> None:
+    """What the launch before writes, weight included, is what is read: the product starts while rows are quantized."""
+    layer = Layer(m, 8192, 4096, torch.bfloat16, 5, cuda)
+    weights = [layer.weight.clone(), layer.weight.roll(1, 0)]
+    scales = [layer.scale.clone(), layer.scale.roll(1, 0)]
+    run = layer.prepared(threshold)
+    expected = []
+    for i in range(2):
+        layer.weight.copy_(weights[i])
+        layer.scale.copy_(scales[i])
+        torch.cuda.synchronize()
+        expected.append(run().clone())
+    assert not torch.equal(*expected)
+    for i in [0, 1] * 5:
+        torch.cuda._sleep(500_000)  # so that all of these launches queue up
+        layer.scale.copy_(scales[i])
+        layer.weight.copy_(weights[i])
+        assert torch.equal(run(), expected[i])
+
+
+def test_two_streams_at_once(cuda: torch.device) -> None:
+    layers = [Layer(m, 4096, 4096, torch.bfloat16, 7, cuda) for m in (2, 8, 16, 16)]
+    expected = [layer.linear(6.0) for layer in layers]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in layers]
+    runs = []
+    for layer, stream in zip(layers, streams, strict=True):
+        with torch.cuda.stream(stream):
+            runs.append(layer.prepared(6.0))
+    torch.cuda.synchronize()
+    outs = [runs[i % 4]() for i in range(400)][-4:]
+    torch.cuda.synchronize()
+    for out, right in zip(outs, expected, strict=True):
+        assert torch.equal(out, right)
 
 
 @pytest.mark.slow

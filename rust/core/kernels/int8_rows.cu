@@ -4,7 +4,7 @@
 //   codes[i][j] = rint(x[i][j] * (127 / row_scale[i])), the quotient rounded first, ties to even; 0 for outliers, and in rows whose scale is 0 or NaN
 //
 //   x      m x k of E             an outlier has |x| >= threshold > 0; threshold 0: there are none
-//   codes  m x k int8             mask: a bit for each column, which is set where the column has an outlier; or null
+//   codes  m x k int8             mask: a bit for each column, which is set where the column has an outlier; or null. Few rows: one each
 //
 // Work: a block a row; rows of up to 1024 elements (float32: 512) a warp. A row stays in registers up to 16384 elements (8192); longer
 // ones are read again. Vectors of 16 bytes whose largest element is below the threshold, nearly all, need no look at their
@@ -60,6 +60,10 @@ struct Rows {
     Marks marks;
     i64 m, k;
     float threshold;
+    // Few rows: each has a mask of its own, which needs not be cleared, and the next kernel reads W as soon as it starts.
+    int few;
+
+    __device__ __forceinline__ unsigned* own_mask(i64 row) const { return marks.mask + row * ((k + 31) / 32); }
 };
 
 // A row of at most LANES * VECTORS vectors, by LANES threads: a warp or the block.
@@ -74,7 +78,7 @@ __device__ __forceinline__ void quantize_row(const Rows& p, i64 row, unsigned* s
 #pragma unroll
     for (int i = 0; i < VECTORS; i++) {
         const int at = i * LANES + lane;
-        v[i] = at < count ? load_once(from + at) : make_uint4(0, 0, 0, 0);
+        v[i] = at < count ? p.few ? from[at] : load_once(from + at) : make_uint4(0, 0, 0, 0);
     }
     unsigned largest = 0, found[VECTORS / 4] = {};  // outliers, a byte a vector
 #pragma unroll
@@ -92,6 +96,17 @@ __device__ __forceinline__ void quantize_row(const Rows& p, i64 row, unsigned* s
         if (at < count) write_codes<E>(to + (i64)at * N, v[i], code);
     }
     if (lane == 0) p.row_scale[row] = __uint_as_float(largest);
+    if (p.few) {
+        unsigned char* const mask = reinterpret_cast<unsigned char*>(p.own_mask(row));
+#pragma unroll
+        for (int i = 0; p.marks.mask && i < VECTORS; i++) {
+            const int at = i * LANES + lane;
+            unsigned bits = found[i / 4] >> (i % 4 * 8) & 0xff;
+            if (N == 4) bits |= __shfl_down_sync(FULL_WARP, bits, 1) << 4;
+            if (at < count && (N == 8 || at % 2 == 0)) mask[at * N / 8] = (unsigned char)bits;
+        }
+        return;
+    }
     unsigned any = 0;
 #pragma unroll
     for (int i = 0; i < VECTORS / 4; i++) any |= found[i];
@@ -142,11 +157,17 @@ __device__ __forceinline__ void quantize_odd_row(const Rows& p, i64 row, unsigne
     const Threshold threshold(p.threshold);
     const typename E::storage* const from = (const typename E::storage*)p.x + row * p.k;
     i8* const to = p.codes + row * p.k;
+    Marks marks = p.marks;
+    if (p.few && marks.mask) {
+        marks.mask = p.own_mask(row);
+        for (i64 i = threadIdx.x; i < (p.k + 31) / 32; i += THREADS) marks.mask[i] = 0;
+        __syncthreads();
+    }
     unsigned largest = 0;
     for (i64 at = threadIdx.x; at < p.k; at += THREADS) {
         const unsigned bits = magnitude(E::widen(from[at]));
         if (threshold.is_outlier(bits))
-            p.marks.wait(), p.marks.set(at, 1);
+            marks.wait(), marks.set(at, 1);
         else
             largest = max(largest, bits);
     }
@@ -163,9 +184,11 @@ template <class E>
 __device__ __forceinline__ void quantize_rows(const Rows& p) {
     constexpr int N = E::PER_VECTOR;
     __shared__ unsigned shared[2][THREADS / WARP];
-    // The product may set itself up, and bring W near, while rows are quantized; it waits for them.
-    let_next_kernel_start();
+    // The product may set itself up, and bring W near, while rows are quantized; it waits for them. Where it reads W, W's writers
+    // must have ended before it starts.
+    if (!p.few) let_next_kernel_start();
     wait_for_previous_kernel();
+    if (p.few) let_next_kernel_start();
     p.marks.clear(p.k);
     const i64 vectors = p.k / N;
     const bool aligned = p.k % N == 0 && is_aligned(p.x, 16) && is_aligned(p.codes, N);

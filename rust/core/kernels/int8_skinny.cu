@@ -8,7 +8,9 @@
 // the end of a tile. Where they are many, each stage's are gathered from it and from x: int8_gather.cuh.
 //
 // Tokens: OWN, a block quantizes all rows of x itself and keeps their codes in shared memory, while its first stages of W are on their
-// way; COPIED, the codes are given and come with W through the ring.
+// way; KEPT, the codes are given and copied once, each warp's by itself; COPIED, they come with W through the ring.
+//
+// Small reads that everything waits for are asked for before W: behind a ring's worth of W of all blocks they would come last.
 //
 // Order: of 64 columns lane t of a group takes bytes 16 t ... 16 t + 15, in both operands: two products. Fragment row i is row
 // (i % 2) * 4 + i / 2 of eight, so that the two rows that lanes read together differ in what the swizzle exchanges: no bank conflict.
@@ -28,24 +30,35 @@ struct Problem {
     TensorMap codes;   // m x k bytes; boxes of 8 * NT x 128, swizzled by 128 bytes; where they are copied
     Operands o;        // codes and row_scale only where they are copied
     float threshold;   // where they are not
+    // The previous kernel has quantized the rows as few ones: it lets this one start no sooner than W can be read, and each row has a
+    // mask of its own.
+    int after_rows;
 };
 
-template <class E, bool OWN, int NT, int RT, int DEPTH>
+enum Tokens { OWN, KEPT, COPIED };
+
+constexpr int FIRST = 2;  // stages of a warp that are asked for while the rows are being quantized
+
+template <class E, Tokens MODE, int NT, int RT, int DEPTH>
 struct Skinny {
     typedef typename E::storage storage;
     static constexpr int TOKENS = 8 * NT, ROWS = 16 * RT, BOXES = 2 / RT, STAGE = BOX * BOXES;
-    static constexpr int WEIGHT = ROWS * STAGE, SLOT = WEIGHT + (OWN ? 0 : TOKENS * STAGE);
+    static constexpr int WEIGHT = ROWS * STAGE, SLOT = WEIGHT + (MODE == COPIED ? TOKENS * STAGE : 0);
     static constexpr int ELEMENTS = (ROWS * TOKENS + THREADS - 1) / THREADS;  // results of a thread
     static constexpr int PITCH = ROWS + 8;  // of sums: the fragments' lanes meet all banks
 
     static constexpr int WORDS = STAGE / 32;  // of the mask, of a stage
     typedef ::Gather<E, NT, RT, WORDS> Gather;
 
-    // What is kept of one tile until its end; two of them in turn.
-    struct Tile {
-        int sum[TOKENS * PITCH];
+    // What a tile has in outlier columns: where they are few, the four bytes around each of W.
+    union Outliers {
         float gathered[TOKENS * PITCH];
-        unsigned weight[LIST][ROWS];  // the four bytes around an outlier column of W
+        unsigned weight[LIST][ROWS];
+    };
+    // What is kept of tiles until their ends. Outliers are asked for a tile ahead, while the tile before may still be read.
+    struct Tiles {
+        int sum[2][TOKENS * PITCH];
+        Outliers outliers[3];
     };
     // What the block knows of the tokens and their outliers.
     struct Known {
@@ -56,9 +69,12 @@ struct Skinny {
         int count;  // of outlier columns in the list: of all, or 0 where they are many
         bool many;
     };
+    static constexpr int MASK_BYTES = OWN_BYTES / 8 / (MODE == OWN ? 1 : TOKENS);
     // From the bottom, after what the system takes: barriers, tiles, what is known, rings; own tokens, their mask.
-    static constexpr int TILES = 512, KNOWN = TILES + 2 * sizeof(Tile), RING = (KNOWN + sizeof(Known) + 1023) / 1024 * 1024;
-    static constexpr int OWN_AT = RING + WARPS * DEPTH * SLOT, BYTES = OWN_AT + (OWN ? OWN_BYTES + OWN_BYTES / 8 : 0);
+    static constexpr int TILES = 512, KNOWN = TILES + sizeof(Tiles), RING = (KNOWN + sizeof(Known) + 1023) / 1024 * 1024;
+    static constexpr int OWN_AT = RING + WARPS * DEPTH * SLOT, BYTES = OWN_AT + (MODE == COPIED ? 0 : OWN_BYTES + MASK_BYTES);
+    static constexpr int TOKEN_BARRIERS = 256;
+    static_assert(WARPS * DEPTH * 8 <= TOKEN_BARRIERS, "room for the barriers");
 
     static __device__ __forceinline__ int padded(const Operands& o) { return ((int)o.k + STAGE - 1) / STAGE * STAGE; }
 
@@ -77,12 +93,21 @@ struct Skinny {
 #pragma unroll
         for (int b = 0; b < BOXES; b++) {
             copy_box(slot + b * ROWS * BOX, &p.weight, at.stage * STAGE + b * BOX, at.row0, barrier);
-            if (!OWN) copy_box(slot + WEIGHT + b * TOKENS * BOX, &p.codes, at.stage * STAGE + b * BOX, 0, barrier);
+            if (MODE == COPIED) copy_box(slot + WEIGHT + b * TOKENS * BOX, &p.codes, at.stage * STAGE + b * BOX, 0, barrier);
         }
     }
 
-    // Rows of own tokens that are kept: a power of two of at least m. Fragments take each more than once.
-    static __device__ __forceinline__ int kept(const Operands& o) { return o.m > 4 ? 8 : o.m > 2 ? 4 : (int)o.m; }
+    // One lane asks for the tokens of all stages of its warp.
+    static __device__ __forceinline__ void ask_tokens(const Problem& p, int warp, int stages, unsigned tokens, unsigned barrier) {
+        expect_bytes(barrier, (stages - warp + WARPS - 1) / WARPS * TOKENS * STAGE);
+        for (int box = warp * BOXES; box < stages * BOXES; box += WARPS * BOXES) {
+#pragma unroll
+            for (int b = 0; b < BOXES; b++) copy_box(tokens + (box + b) * TOKENS * BOX, &p.codes, (box + b) * BOX, 0, barrier);
+        }
+    }
+
+    // Rows of tokens that are kept: of own ones, a power of two of at least m. Fragments take each more than once.
+    static __device__ __forceinline__ int kept(const Operands& o) { return MODE != OWN ? TOKENS : o.m > 4 ? 8 : o.m > 2 ? 4 : (int)o.m; }
 
     // Where 16 own codes from a column on lie.
     static __device__ __forceinline__ int own_place(int token, int column, int rows) {
@@ -111,16 +136,20 @@ struct Skinny {
         }
     };
 
-    // Quantizes the rows of x, COUNT vectors of a lane at a time; where these are all it has, they are read once.
-    template <int COUNT>
-    static __device__ __forceinline__ void quantize(const Problem& p, const Share& share, unsigned char* tokens, Known& known, unsigned* mask) {
+    // Quantizes the rows of x, COUNT vectors of a lane at a time; where these are all it has, they are read once. W is asked for after the
+    // first of them.
+    template <int COUNT, class Ask>
+    static __device__ __forceinline__ void quantize(const Problem& p, const Share& share, unsigned char* tokens, Known& known,
+                                                    unsigned* mask, const Ask& ask_weight) {
         constexpr int N = E::PER_VECTOR;
         const Threshold threshold(p.threshold);
         const int turns = (share.padded - share.first + COUNT * share.step - 1) / (COUNT * share.step);
         unsigned largest = 0;
         uint4 v[COUNT];
+        share.load(v, 0);
+        ask_weight();
         for (int turn = 0; turn < turns; turn++) {
-            share.load(v, turn);
+            if (turn > 0) share.load(v, turn);
 #pragma unroll
             for (int i = 0; i < COUNT; i++) {
                 unsigned outliers = 0;
@@ -146,22 +175,47 @@ struct Skinny {
         }
     }
 
-    static __device__ __forceinline__ float own_residual(const Operands& o, const unsigned char* tokens, const Known& known, int token,
-                                                         int column) {
-        const float scale = __uint_as_float(known.absmax[token]);
-        if (!OWN) return residual<E>(o, token, column, scale);
-        const i8 code = (i8)tokens[own_place(token, column & ~15, kept(o)) + column % 16];
-        const float x = E::widen(((const storage*)o.x)[token * o.k + column]);
-        return __fsub_rn(x, __fmul_rn((float)code, __fmul_rn(scale, INVERSE_127)));
-    }
+    // What a thread reads of listed columns and stores before the first tile's end: one token, every COLUMN_STEPth column.
+    static constexpr int COLUMN_STEP = THREADS / TOKENS, COLUMNS = LIST / COLUMN_STEP;
+    struct LeftOver {
+        float scale;       // of the token
+        storage x[COLUMNS];
+        i8 code[COLUMNS];
 
-    // The outlier columns and what the codes leave over of them, unless they are many. A thread takes a word of the mask at a time.
-    static __device__ __forceinline__ void list_outliers(const Operands& o, const unsigned* mask, const unsigned char* tokens, Known& known) {
-        const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, words = mask ? ((int)o.k + 31) / 32 : 0;
+        static __device__ __forceinline__ int token() { return threadIdx.x % TOKENS; }
+        static __device__ __forceinline__ int column(int i) { return i * COLUMN_STEP + threadIdx.x / TOKENS; }
+
+        __device__ __forceinline__ void ask_scale(const Operands& o) { scale = token() < o.m ? o.row_scale[token()] : 0.0f; }
+
+        __device__ __forceinline__ void ask(const Operands& o, const unsigned char* tokens, const Known& known) {
+#pragma unroll
+            for (int i = 0; i < COLUMNS; i++) {
+                if (column(i) >= known.count || token() >= o.m) break;
+                const int at = known.columns[column(i)];
+                x[i] = ((const storage*)o.x)[(i64)token() * o.k + at];
+                code[i] = MODE == OWN ? (i8)tokens[own_place(token(), at & ~15, kept(o)) + at % 16] : o.codes[(i64)token() * o.k + at];
+            }
+        }
+
+        __device__ __forceinline__ void store(const Operands& o, Known& known) const {
+            if (MODE != OWN && threadIdx.x < TOKENS) known.absmax[threadIdx.x] = __float_as_uint(scale);
+            const float own = MODE == OWN ? __uint_as_float(known.absmax[token()]) : scale;
+#pragma unroll
+            for (int i = 0; i < COLUMNS; i++) {
+                if (column(i) >= known.count || token() >= o.m) break;
+                known.residual[column(i)][token()] = __fsub_rn(E::widen(x[i]), __fmul_rn((float)code[i], __fmul_rn(own, INVERSE_127)));
+            }
+        }
+    };
+    static_assert(LIST % COLUMN_STEP == 0, "all columns have a thread");
+
+    // Lists the outlier columns, unless they are many. A thread takes a word of the mask at a time; `bits` is its first.
+    static __device__ __forceinline__ void list_outliers(const Operands& o, const unsigned* mask, unsigned bits, Known& known) {
+        const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, words = ((int)o.k + 31) / 32;
         int total = 0, turn = 0;
         for (int first = 0; first < words && total <= LIST; first += THREADS, turn ^= 1) {
             const int word = first + threadIdx.x;
-            unsigned bits = word < words ? mask[word] : 0;
+            if (first > 0) bits = word < words ? mask[word] : 0;
             int before = __popc(bits);  // up to this thread, within its warp
 #pragma unroll
             for (int d = 1; d < WARP; d *= 2) {
@@ -181,18 +235,13 @@ struct Skinny {
         }
         if (threadIdx.x == 0) known.many = total > LIST, known.count = total > LIST ? 0 : total;
         __syncthreads();
-        for (int i = threadIdx.x; i < known.count * TOKENS; i += THREADS) {
-            const int token = i % TOKENS;
-            if (token < o.m) known.residual[i / TOKENS][token] = own_residual(o, tokens, known, token, known.columns[i / TOKENS]);
-        }
-        __syncthreads();
     }
 
     // Asks for what a tile has in the listed columns, long before its end.
-    static __device__ __forceinline__ void ask_outliers(const Operands& o, const Known& known, Tile& tile, int row0) {
+    static __device__ __forceinline__ void ask_outliers(const Operands& o, const Known& known, Outliers& outliers, int row0) {
         for (int i = threadIdx.x; i < known.count * ROWS; i += THREADS) {
             const int column = known.columns[i / ROWS], row = row0 + i % ROWS;
-            if (row < o.n) copy_async4(shared_address(&tile.weight[i / ROWS][i % ROWS]), o.weight + (row * o.k + (column & ~3)));
+            if (row < o.n) copy_async4(shared_address(&outliers.weight[i / ROWS][i % ROWS]), o.weight + (row * o.k + (column & ~3)));
         }
         commit_copies();
     }
@@ -218,8 +267,8 @@ struct Skinny {
                 uint4 tokens[NT];
 #pragma unroll
                 for (int j = 0; j < NT; j++) {
-                    const int token = OWN ? g & (rows - 1) : g;
-                    const unsigned at = OWN ? own_tokens + b * rows * BOX : slot + WEIGHT + b * TOKENS * BOX + j * 8 * BOX;
+                    const int token = MODE == OWN ? g & (rows - 1) : g;
+                    const unsigned at = (MODE == COPIED ? slot + WEIGHT : own_tokens) + (b * rows + j * 8) * BOX;
                     tokens[j] = load_shared4(at + token * BOX + ((piece ^ token) << 4));
                 }
 #pragma unroll
@@ -255,7 +304,7 @@ struct Skinny {
     }
 
     // Adds the warps' sums of gathered columns, one warp after another: so they have one order.
-    static __device__ __forceinline__ void add_gathered(Tile& tile, const Gather& gather) {
+    static __device__ __forceinline__ void add_gathered(Outliers& outliers, const Gather& gather) {
         for (int turn = 0; turn < WARPS; turn++) {
             if (turn == threadIdx.x / WARP) {
 #pragma unroll
@@ -264,7 +313,7 @@ struct Skinny {
                     for (int j = 0; j < NT; j++)
 #pragma unroll
                         for (int q = 0; q < 4; q++) {
-                            float& at = tile.gathered[place(r, j, q)];
+                            float& at = outliers.gathered[place(r, j, q)];
                             at = turn == 0 ? gather.sum[r][j][q] : at + gather.sum[r][j][q];
                         }
             }
@@ -273,8 +322,9 @@ struct Skinny {
     }
 
     // Adds the warps' sums of a tile, finishes them and writes them out.
-    static __device__ __forceinline__ void finish(const Problem& p, Tile& tile, const Known& known, const Gather& gather, int row0,
-                                                  const RowParts& parts, const int (&sum)[CHAINS][RT][NT][4]) {
+    template <bool MANY>
+    static __device__ __forceinline__ void finish(const Problem& p, int* sums, Outliers& outliers, const Known& known,
+                                                  const Gather& gather, int row0, const RowParts& parts, const int (&sum)[CHAINS][RT][NT][4]) {
         const Operands& o = p.o;
 #pragma unroll
         for (int r = 0; r < RT; r++)
@@ -282,27 +332,92 @@ struct Skinny {
             for (int j = 0; j < NT; j++)
 #pragma unroll
                 for (int q = 0; q < 4; q++)
-                    atomicAdd(&tile.sum[place(r, j, q)], CHAINS == 1 ? sum[0][r][j][q] : sum[0][r][j][q] + sum[1][r][j][q]);
-        wait_for_copies<0>();
-        if (known.many)
-            add_gathered(tile, gather);
+                    atomicAdd(&sums[place(r, j, q)], CHAINS == 1 ? sum[0][r][j][q] : sum[0][r][j][q] + sum[1][r][j][q]);
+        wait_for_copies<1>();  // of this tile: those of the next may be on their way
+        if constexpr (MANY)
+            add_gathered(outliers, gather);
         else
             __syncthreads();
 #pragma unroll
         for (int i = 0; i < ELEMENTS; i++) {
             const int e = i * THREADS + threadIdx.x, token = e / ROWS, row = row0 + e % ROWS;
             if (token >= o.m) break;
-            int& total = tile.sum[token * PITCH + e % ROWS];
+            int& total = sums[token * PITCH + e % ROWS];
             float value = scaled_sum(total, __uint_as_float(known.absmax[token]), parts.col_scale);
             total = 0;  // for the tile after the next
             if (row >= o.n) continue;
 #pragma unroll 4
-            for (int c = 0; c < known.count; c++) {
-                const i8 code = (i8)(tile.weight[c][e % ROWS] >> known.columns[c] % 4 * 8);
+            for (int c = 0; !MANY && c < known.count; c++) {
+                const i8 code = (i8)(outliers.weight[c][e % ROWS] >> known.columns[c] % 4 * 8);
                 value = __fmaf_rn(known.residual[c][token], outlier_weight(code, parts.col_scale), value);
             }
-            if (known.many) value = __fmaf_rn(tile.gathered[token * PITCH + e % ROWS], __fmul_rn(parts.col_scale, INVERSE_127), value);
+            if (MANY) value = __fmaf_rn(outliers.gathered[token * PITCH + e % ROWS], __fmul_rn(parts.col_scale, INVERSE_127), value);
             ((storage*)o.out)[(i64)token * o.n + row] = E::narrow(o.bias ? value + parts.bias : value);
+        }
+    }
+
+    // What a block has to do.
+    struct Work {
+        int stages, per;   // of columns: of a tile, of a warp
+        int rows;          // of tokens that are kept
+        int first, tiles;  // the first tile, and how many there are
+
+        __device__ __forceinline__ explicit Work(const Operands& o)
+            : stages(padded(o) / STAGE), per((stages + WARPS - 1) / WARPS), rows(kept(o)), first(blockIdx.x) {
+            const int all = ((int)o.n + ROWS - 1) / ROWS;
+            tiles = first < all ? (all - first + gridDim.x - 1) / gridDim.x : 0;
+        }
+    };
+
+    // MANY outlier columns have a loop of its own: with their registers and branches the other would be slower.
+    template <bool MANY, class AskNext>
+    static __device__ __forceinline__ void multiply_tiles(const Problem& p, const Work& work, unsigned ring, unsigned barriers,
+                                                          unsigned own_tokens, const unsigned* mask, Tiles& tiles, Known& known, const LeftOver& left_over,
+                                                          RowParts parts, const AskNext& ask_next) {
+        const Operands& o = p.o;
+        const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+        int slot = 0, phase = 0;
+        const ColumnKinds kinds{mask, (int)o.k};
+        // The lanes' words of stage i of the warp; asked for a stage ahead.
+        auto words = [&](int i) {
+            const int stage = (i < work.per ? i : 0) * WARPS + warp;
+            return MANY && lane < WORDS ? kinds.outliers(stage * WORDS + lane) : 0;
+        };
+        unsigned next_words = words(0);
+        if (!MANY) ask_outliers(o, known, tiles.outliers[0], work.first * ROWS);
+        for (int tile = 0; tile < work.tiles; tile++) {
+            const int row0 = (work.first + tile * gridDim.x) * ROWS;
+            const int next_row0 = row0 + gridDim.x * ROWS, next_row = next_row0 + threadIdx.x % ROWS;
+            if (!MANY) ask_outliers(o, known, tiles.outliers[(tile + 1) % 3], next_row0);
+            if (threadIdx.x < ROWS && next_row < o.n) prefetch(o.col_scale + next_row);
+            int sum[CHAINS][RT][NT][4] = {};
+            Gather gather;
+            for (int i = 0; i < work.per; i++) {
+                const int stage = i * WARPS + warp;
+                const unsigned at = ring + slot * SLOT;
+                // A stage past the last has no own tokens; what is read for it is multiplied by zeros.
+                const unsigned codes = own_tokens + min(stage, work.stages - 1) * BOXES * work.rows * BOX;
+                const unsigned outliers = next_words;
+                next_words = words(i + 1);
+                if (MANY && gather.start(outliers)) {
+                    gather.ask(o, stage * STAGE);
+                    wait_mbarrier(barriers + slot * 8, phase);
+                    multiply<true>(at, codes, work.rows, outliers, sum);
+                    gather.add(o, stage * STAGE, [&](int row, int column) {
+                        const int piece = column / 16 % 8;
+                        return load_shared_u8(at + (column / BOX * ROWS + row) * BOX + ((piece ^ (row & 7)) << 4) + column % 16);
+                    });
+                } else {
+                    wait_mbarrier(barriers + slot * 8, phase);
+                    multiply<false>(at, codes, work.rows, 0, sum);
+                }
+                __syncwarp();  // everybody has read the slot
+                if (lane == 0) ask_next(slot);
+                if (++slot == DEPTH) slot = 0, phase ^= 1;
+            }
+            if (tile == 0) left_over.store(o, known);
+            finish<MANY>(p, tiles.sum[tile % 2], tiles.outliers[tile % 3], known, gather, row0, parts, sum);
+            parts = RowParts(o, next_row);
         }
     }
 
@@ -311,114 +426,116 @@ struct Skinny {
         const Operands& o = p.o;
         const unsigned base = shared_address(shared);
         const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-        const unsigned barriers = base + warp * DEPTH * 8, ring = base + RING + warp * DEPTH * SLOT, own_tokens = base + OWN_AT;
-        Tile* const kept_tiles = reinterpret_cast<Tile*>(shared + TILES);
+        const unsigned barriers = base + warp * DEPTH * 8, token_barrier = base + TOKEN_BARRIERS + warp * 8;
+        const unsigned ring = base + RING + warp * DEPTH * SLOT, own_tokens = base + OWN_AT;
+        Tiles& tiles = *reinterpret_cast<Tiles*>(shared + TILES);
         Known& known = *reinterpret_cast<Known*>(shared + KNOWN);
         unsigned char* const tokens = shared + OWN_AT;
-        unsigned* const own_mask = reinterpret_cast<unsigned*>(tokens + kept(o) * padded(o));
-        const unsigned* const mask = OWN ? (p.threshold > 0.0f ? own_mask : nullptr) : o.mask;
+        unsigned* const own_mask = reinterpret_cast<unsigned*>(tokens + OWN_BYTES);
+        const bool marked = MODE == OWN ? p.threshold > 0.0f : o.mask != nullptr;
+        const unsigned* const mask = MODE == COPIED ? o.mask : own_mask;
 
-        const int stages = padded(o) / STAGE, per = (stages + WARPS - 1) / WARPS, rows = kept(o);
-        const int tiles = ((int)o.n + ROWS - 1) / ROWS, first = blockIdx.x;
-        const int own = first < tiles ? (tiles - first + gridDim.x - 1) / gridDim.x : 0;
-        Place asked{first * ROWS, warp};
-        int left = own * per;
-        let_next_kernel_start();
-        if (lane == 0) {
-            for (int d = 0; d < DEPTH; d++) init_mbarrier(barriers + d * 8, 1);
-            publish_mbarriers();
-            prefetch_map(&p.weight);
-            if (!OWN) prefetch_map(&p.codes);
-            // Reading W must wait, bringing it near need not: a later write is seen in the L2 cache all the same. It pays where the rows
-            // are being quantized meanwhile.
-            Place near = asked;
-            for (int d = 0; !OWN && d < min(DEPTH, left); d++) {
-#pragma unroll
-                for (int b = 0; b < BOXES; b++) prefetch_box(&p.weight, near.stage * STAGE + b * BOX, near.row0);
-                near.next(warp, per);
-            }
-        }
-        for (int i = threadIdx.x; i < TOKENS * PITCH; i += THREADS) kept_tiles[0].sum[i] = kept_tiles[1].sum[i] = 0;
-        if (OWN) {
-            if (threadIdx.x < TOKENS) known.absmax[threadIdx.x] = 0;
-            for (int i = threadIdx.x; i < ((int)o.k + 31) / 32; i += THREADS) own_mask[i] = 0;
-            __syncthreads();
-        }
-        __syncwarp();
-        wait_for_previous_kernel();
+        const Work work(o);
+        Place asked{work.first * ROWS, warp};
+        int left = work.tiles * work.per;
         auto ask_next = [&](int slot) {
             // Past the last column everything reads as 0, and need not be asked for; the ring goes on all the same.
             if (left > 0) ask(p, asked, ring + slot * SLOT, barriers + slot * 8);
-            asked.next(warp, per);
+            asked.next(warp, work.per);
             left--;
         };
-        if (lane == 0)
-            for (int d = 0; d < DEPTH; d++) ask_next(d);
-        __syncwarp();
-        clear_ready(o);
-        if (OWN) {
-            const Share share(o);
-            if (padded(o) / E::PER_VECTOR <= 4 * share.step)
-                quantize<4>(p, share, tokens, known, own_mask);
-            else
-                quantize<16>(p, share, tokens, known, own_mask);
-        } else if (threadIdx.x < TOKENS) {
-            known.absmax[threadIdx.x] = threadIdx.x < o.m ? __float_as_uint(o.row_scale[threadIdx.x]) : 0;
+        let_next_kernel_start();
+        int in_flight = 0;  // stages asked for before the wait
+        if (lane == 0) {
+            for (int d = 0; d < DEPTH; d++) init_mbarrier(barriers + d * 8, 1);
+            if (MODE == KEPT) init_mbarrier(token_barrier, 1);
+            publish_mbarriers();
+            prefetch_map(&p.weight);
+            if (MODE != OWN) prefetch_map(&p.codes);
+            if (MODE == KEPT && p.after_rows) {
+                // W is there already. Not the whole ring: the tokens would have to wait behind it.
+                for (; in_flight < FIRST; in_flight++) ask_next(in_flight);
+            } else {
+                // Reading W must wait, bringing it near need not: a later write is seen in the L2 cache all the same. It pays where the
+                // rows are being quantized meanwhile. Own rows would have to wait behind it.
+                const int ahead = MODE != OWN ? DEPTH : kept(o) <= 2 ? 1 : 0;
+                Place near = asked;
+                for (int d = 0; d < min(ahead, left); d++) {
+#pragma unroll
+                    for (int b = 0; b < BOXES; b++) prefetch_box(&p.weight, near.stage * STAGE + b * BOX, near.row0);
+                    near.next(warp, work.per);
+                }
+            }
+        }
+        for (int i = threadIdx.x; i < TOKENS * PITCH; i += THREADS) tiles.sum[0][i] = tiles.sum[1][i] = 0;
+        if (threadIdx.x == 0) known.count = 0, known.many = false;
+        if (MODE == OWN) {
+            if (threadIdx.x < TOKENS) known.absmax[threadIdx.x] = 0;
+            for (int i = threadIdx.x; i < ((int)o.k + 31) / 32; i += THREADS) own_mask[i] = 0;
         }
         __syncthreads();
-        list_outliers(o, mask, tokens, known);
-
-        const ColumnKinds kinds{mask, (int)o.k};
-        // The lanes' words of stage i of the warp; asked for a stage ahead.
-        auto words = [&](int i) { return known.many && lane < WORDS ? kinds.outliers((i % per * WARPS + warp) * WORDS + lane) : 0; };
-
-        int slot = 0, phase = 0;
-        unsigned next_words = words(0);
-        for (int tile = 0; tile < own; tile++) {
-            const int row0 = (first + tile * gridDim.x) * ROWS;
-            ask_outliers(o, known, kept_tiles[tile & 1], row0);
-            const RowParts parts(o, row0 + threadIdx.x % ROWS);
-            int sum[CHAINS][RT][NT][4] = {};
-            Gather gather;
-            for (int i = 0; i < per; i++) {
-                const int stage = i * WARPS + warp;
-                const unsigned at = ring + slot * SLOT;
-                // A stage past the last has no own tokens; what is read for it is multiplied by zeros.
-                const unsigned codes = own_tokens + min(stage, stages - 1) * BOXES * rows * BOX;
-                const unsigned outliers = next_words;
-                next_words = words(i + 1);
-                if (known.many && gather.start(outliers)) {
-                    gather.ask(o, stage * STAGE);
-                    wait_mbarrier(barriers + slot * 8, phase);
-                    multiply<true>(at, codes, rows, outliers, sum);
-                    gather.add(o, stage * STAGE, [&](int row, int column) {
-                        const int piece = column / 16 % 8;
-                        return load_shared_u8(at + (column / BOX * ROWS + row) * BOX + ((piece ^ (row & 7)) << 4) + column % 16);
-                    });
-                } else {
-                    wait_mbarrier(barriers + slot * 8, phase);
-                    multiply<false>(at, codes, rows, 0, sum);
-                }
-                __syncwarp();  // everybody has read the slot
-                if (lane == 0) ask_next(slot);
-                if (++slot == DEPTH) slot = 0, phase ^= 1;
+        wait_for_previous_kernel();
+        RowParts parts(o, work.first * ROWS + threadIdx.x % ROWS);
+        LeftOver left_over;
+        auto ask_weight = [&] {
+            if (lane == 0)
+                for (int d = in_flight; d < DEPTH; d++) ask_next(d);
+            __syncwarp();
+        };
+        const int words = marked ? ((int)o.k + 31) / 32 : 0;
+        unsigned bits = 0;  // of the mask, this thread's first
+        if (MODE == OWN) {
+            const Share share(o);
+            if (padded(o) / E::PER_VECTOR <= 4 * share.step)
+                quantize<4>(p, share, tokens, known, own_mask, ask_weight);
+            else
+                quantize<8>(p, share, tokens, known, own_mask, ask_weight);
+            __syncthreads();
+            if (threadIdx.x < words) bits = own_mask[threadIdx.x];
+        } else {
+            if (MODE == KEPT && lane == 0) ask_tokens(p, warp, work.stages, own_tokens, token_barrier);
+            left_over.ask_scale(o);
+            if (MODE == COPIED && threadIdx.x < words) bits = o.mask[threadIdx.x];
+            if (MODE == KEPT && threadIdx.x < words) {
+                const int masks = p.after_rows ? (int)o.m : 1;
+#pragma unroll
+                for (int i = 0; i < TOKENS; i++)
+                    if (i < masks) bits |= o.mask[i * words + threadIdx.x];
             }
-            finish(p, kept_tiles[tile & 1], known, gather, row0, parts, sum);
+            ask_weight();
+            if (MODE == KEPT && threadIdx.x < words) {
+                // Bits past the last column have not been written.
+                if ((int)threadIdx.x * 32 + 32 > o.k) bits &= (1u << o.k % 32) - 1;
+                own_mask[threadIdx.x] = bits;
+            }
         }
+        clear_ready(o);
+        if (marked) {
+            list_outliers(o, mask, bits, known);
+            left_over.ask(o, tokens, known);
+        }
+
+        if (MODE == KEPT) wait_mbarrier(token_barrier, 0);
+        if (known.many)
+            multiply_tiles<true>(p, work, ring, barriers, own_tokens, mask, tiles, known, left_over, parts, ask_next);
+        else
+            multiply_tiles<false>(p, work, ring, barriers, own_tokens, mask, tiles, known, left_over, parts, ask_next);
     }
 };
 
-#define SKINNY(NAME, ...)                                                                                                \
+#define SKINNY(NAME, KILOBYTES, ...)                                                                                     \
     extern "C" __global__ void __launch_bounds__(THREADS, 1) NAME(const __grid_constant__ Problem p) {                   \
         typedef Skinny<__VA_ARGS__> Instance;                                                                            \
-        static_assert(Instance::BYTES <= 227 * 1024, "shared memory");                                                   \
+        static_assert(Instance::BYTES <= KILOBYTES * 1024, "shared memory");                                                   \
         Instance::run(p);                                                                                                \
     }
 #define SKINNIES(DTYPE, E)                                                                                               \
-    SKINNY(int8_skinny_own_##DTYPE, E, true, 1, 1, 4)                                                                       \
-    SKINNY(int8_skinny_8_##DTYPE, E, false, 1, 1, 4)                                                                        \
-    SKINNY(int8_skinny_16_##DTYPE, E, false, 2, 2, 4)                                                                    \
-    SKINNY(int8_skinny_32_##DTYPE, E, false, 4, 2, 3)
+    SKINNY(int8_skinny_own_##DTYPE, 210, E, OWN, 1, 1, 4)                                                                \
+    SKINNY(int8_skinny_kept_8_##DTYPE, 203, E, KEPT, 1, 1, 4)                                                            \
+    SKINNY(int8_skinny_kept_16_##DTYPE, 214, E, KEPT, 2, 2, 4)                                                           \
+    SKINNY(int8_skinny_8_##DTYPE, 227, E, COPIED, 1, 1, 4)                                                               \
+    SKINNY(int8_skinny_16_##DTYPE, 227, E, COPIED, 2, 2, 4)                                                              \
+    SKINNY(int8_skinny_32_##DTYPE, 227, E, COPIED, 4, 2, 3)
 SKINNIES(f32, F32)
 SKINNIES(f16, F16)
 SKINNIES(bf16, BF16)

@@ -9,7 +9,8 @@
 // together: runs.cuh.
 //
 // Where outlier columns are many, a piece is gone through twice, as int8_outliers.cuh tells: slots of codes, then slots of x, 64 columns
-// each, for which W's box comes again. Slots that have no column of their pass are left out.
+// each, for which W's box comes again. Slots that have no column of their pass are left out. The mere presence of that code makes the
+// other way 3 to 17 % slower, so there are instances without; but only the device knows how many columns there are.
 #include "hopper.cuh"
 #include "int8_outliers.cuh"
 #include "runs.cuh"
@@ -23,13 +24,17 @@ constexpr int GATHERERS = 96;
 struct Problem {
     TensorMap weight;  // n x k bytes; boxes of ROWS x 128, swizzled by 128 bytes
     TensorMap codes;   // m x k bytes; boxes of COLUMNS / 2 x 128, swizzled by 128 bytes
-    TensorMap x;       // m x k of 16 bits; boxes of COLUMNS / 2 x 64, swizzled by 128 bytes
+    TensorMap x;       // m x k of 16 bits; boxes of COLUMNS / 2 x 64, swizzled by 128 bytes; where outlier columns are many
     Operands o;
-    int two_passes;    // whether there is x's map: many outlier columns may be taken so
 };
 
+// How outlier columns are taken. SINGLY: one by one; where there are none, and where 16-bit tensor cores do not help. BOTH: as their
+// number says. FEW, MANY: the same in two launches, one after another, of which one does nothing: it takes 4 us, but none of them has
+// the other's code.
+enum class Outliers { SINGLY, BOTH, FEW, MANY };
+
 // FEW_REGISTERS: half of them, so that blocks that quantize the next rows find room beside this one.
-template <class E, int COLUMNS, int SLOTS, bool FEW_REGISTERS>
+template <class E, int COLUMNS, int SLOTS, bool FEW_REGISTERS, Outliers OUTLIERS>
 struct Wide {
     typedef typename E::storage storage;
     static constexpr int SUMS = COLUMNS / 2;  // of a thread
@@ -49,11 +54,11 @@ struct Wide {
     struct Barriers {
         unsigned here, free, extras_here, extras_free;
         unsigned counts;  // of outlier columns of each Extras; less than CHUNK: there are no more
-        unsigned kind_here, two_passes;  // whether there are two passes, once it is known
+        unsigned kind_here, are_many;  // whether outlier columns are many, once it is known
 
         __device__ __forceinline__ explicit Barriers(unsigned base)
             : here(base), free(base + 128), extras_here(base + 256), extras_free(base + 288), counts(base + 320),
-              kind_here(base + 352), two_passes(base + 360) {}
+              kind_here(base + 352), are_many(base + 360) {}
     };
 
     struct Tile {
@@ -81,13 +86,12 @@ struct Wide {
         for (int slot = piece.first; slot < min(piece.last, piece.first + SLOTS); slot++) prefetch_box(&p.weight, slot * STEP, row);
     }
 
-    static constexpr bool MAY_TAKE_TWO = SixteenBits<E>::HAS;
+    static constexpr bool MAY_TAKE_TWO = OUTLIERS == Outliers::BOTH || OUTLIERS == Outliers::MANY;  // passes
 
-    // Whether there are two passes. It takes a while until that is known.
-    static __device__ __forceinline__ bool takes_two_passes(const Problem& p, const Barriers& barriers) {
-        if (!MAY_TAKE_TWO || !p.two_passes) return false;
+    // Whether the outlier columns are many. It takes a while until that is known.
+    static __device__ __forceinline__ bool are_many(const Barriers& barriers) {
         wait_mbarrier(barriers.kind_here, 0);
-        return load_shared(barriers.two_passes) != 0;
+        return load_shared(barriers.are_many) != 0;
     }
 
     // Whether the codes of a slot are gone through, of which `taken` were before: the first ones are, whatever they are, because they are
@@ -102,11 +106,16 @@ struct Wide {
         Schedule pieces = schedule(p.o, split);
         Piece piece;
         const ColumnKinds kinds{p.o.mask, (int)p.o.k};
+        int early = 0;  // slots that are asked for while it is not known whether there is something to do
         int taken = 0;
-        bool known = false, two = false;
+        bool known = OUTLIERS == Outliers::SINGLY || OUTLIERS == Outliers::MANY, two = OUTLIERS == Outliers::MANY;
         auto takes_two = [&]() {
-            if (!known) two = takes_two_passes(p, barriers), known = true;
+            if (!known) two = are_many(barriers), known = true;
             return two;
+        };
+        // Nobody leaves while something is on its way.
+        auto await_early = [&] {
+            for (int slot = 0; slot < early; slot++) wait_mbarrier(barriers.here + slot * 8, 0);
         };
         while (pieces.next(piece)) {
             const Tile at = tile(p.o, piece.tile);
@@ -119,7 +128,15 @@ struct Wide {
                 copy_box_to_cluster(to + WEIGHT + half * STEP, &tokens, column, at.token + half, here, (1 << CLUSTER) - 1);
                 c.next();
             };
-            for (int slot = piece.first; slot < piece.last; slot++) {
+            int slot = piece.first;
+            if constexpr (OUTLIERS == Outliers::FEW) {
+                for (; !known && early < SLOTS && slot < piece.last; slot++, early++) ask(slot, p.codes, slot * STEP);
+                if (!known && early == SLOTS) {
+                    if (are_many(barriers)) return await_early();
+                    known = true;
+                }
+            }
+            for (; slot < piece.last; slot++) {
                 if (MAY_TAKE_TWO && taken >= SLOTS && takes_two() && !takes_codes(kinds, slot, taken)) continue;
                 ask(slot, p.codes, slot * STEP);
                 taken++;
@@ -129,6 +146,7 @@ struct Wide {
                     if (kinds.has_outliers(half_slot)) ask(half_slot / 2, p.x, half_slot * (STEP / 2));
             }
         }
+        if (OUTLIERS == Outliers::FEW && !known && are_many(barriers)) await_early();
     }
 
     // Three warps. Each goes through the outlier columns by itself.
@@ -136,13 +154,14 @@ struct Wide {
                                                   unsigned rank) {
         const Operands& o = p.o;
         const int thread = threadIdx.x - (THREADS - GATHERERS);
-        bool two = false;
-        if (MAY_TAKE_TWO && p.two_passes) {
+        bool two = OUTLIERS == Outliers::MANY;
+        if constexpr (OUTLIERS == Outliers::BOTH || OUTLIERS == Outliers::FEW) {
             two = ColumnKinds{o.mask, (int)o.k}.are_many();
             if (thread == 0) {
-                store_shared(barriers.two_passes, __int_as_float(two));
+                store_shared(barriers.are_many, __int_as_float(two));
                 arrive(barriers.kind_here);
             }
+            if (OUTLIERS == Outliers::FEW && two) return;
         }
         Cursor<2> e;
         Schedule pieces = schedule(o, split);
@@ -308,7 +327,8 @@ struct Wide {
         Cursor<2> e;
         Schedule pieces = schedule(o, split);
         Piece piece;
-        const bool two = takes_two_passes(p, barriers);
+        const bool two = OUTLIERS == Outliers::MANY || (OUTLIERS != Outliers::SINGLY && are_many(barriers));
+        if (OUTLIERS == Outliers::FEW && two) return;
         int taken = 0;
         while (pieces.next(piece)) {
             const Tile at = tile(o, piece.tile);
@@ -317,8 +337,8 @@ struct Wide {
             const float upper = row0 + own < o.n ? o.col_scale[row0 + own] : 0.0f;
             const float lower = row0 + own + 8 < o.n ? o.col_scale[row0 + own + 8] : 0.0f;
             const unsigned staging = base + RESULTS + (group * 4 + warp) * WRITE_STAGING;
-            if constexpr (MAY_TAKE_TWO) {
-                if (two) {
+            if (MAY_TAKE_TWO && two) {
+                if constexpr (MAY_TAKE_TWO) {
                     float value[SUMS];
                     multiply_twice(p, piece, base, extras, barriers, c, e, taken, release, value);
                     if (piece.last < pieces.slots) {
@@ -329,68 +349,73 @@ struct Wide {
 #pragma unroll
                     for (int i = 0; i < SUMS; i++) value[i] = __fmul_rn(value[i], __fmul_rn(i % 4 < 2 ? upper : lower, INVERSE_127));
                     write(o, staging, at.token, row0 + group * 64 + warp * 16, value);
+                }
+            } else if constexpr (OUTLIERS != Outliers::MANY) {
+                int sum[SUMS];
+#pragma unroll
+                for (int i = 0; i < SUMS; i++) sum[i] = 0;
+                int before = -1;
+                for (int slot = piece.first; slot < piece.last; slot++) {
+                    wait_mbarrier(barriers.here + c.slot * 8, c.round);
+                    const unsigned at_slot = base + RING + c.slot * SLOT;
+                    const unsigned long long a = swizzled_descriptor(at_slot + group * 64 * STEP);
+                    const unsigned long long b = swizzled_descriptor(at_slot + WEIGHT);
+                    fence_products();
+#pragma unroll
+                    for (int s = 0; s < STEP / 32; s++) WgmmaS8<COLUMNS>::multiply(sum, a + s * 2, b + s * 2);
+                    commit_products();
+                    wait_for_products<1>();
+                    if (before >= 0) release(before);
+                    before = c.slot;
+                    c.next();
+                }
+                wait_for_products<0>();
+                release(before);
+                if (piece.last < pieces.slots) {
+                    leave_part<CONSUMERS>(split, pieces.cluster, rank, sum);
                     continue;
                 }
-            }
-            int sum[SUMS];
-#pragma unroll
-            for (int i = 0; i < SUMS; i++) sum[i] = 0;
-            int before = -1;
-            for (int slot = piece.first; slot < piece.last; slot++) {
-                wait_mbarrier(barriers.here + c.slot * 8, c.round);
-                const unsigned at_slot = base + RING + c.slot * SLOT;
-                const unsigned long long a = swizzled_descriptor(at_slot + group * 64 * STEP);
-                const unsigned long long b = swizzled_descriptor(at_slot + WEIGHT);
-                fence_products();
-#pragma unroll
-                for (int s = 0; s < STEP / 32; s++) WgmmaS8<COLUMNS>::multiply(sum, a + s * 2, b + s * 2);
-                commit_products();
-                wait_for_products<1>();
-                if (before >= 0) release(before);
-                before = c.slot;
-                c.next();
-            }
-            wait_for_products<0>();
-            release(before);
-            if (piece.last < pieces.slots) {
-                leave_part<CONSUMERS>(split, pieces.cluster, rank, sum);
-                continue;
-            }
-            add_parts<CONSUMERS>(split, pieces, piece, rank, sum);
+                add_parts<CONSUMERS>(split, pieces, piece, rank, sum);
 
-            wait_mbarrier(barriers.extras_here + e.slot * 8, e.round);
-            float value[SUMS];
-#pragma unroll
-            for (int j = 0; j < SUMS / 4; j++) {
-                const float2 row = *reinterpret_cast<const float2*>(&extras[e.slot].row_scale[j * 8 + pair]);
-                value[4 * j] = scaled_sum(sum[4 * j], row.x, upper), value[4 * j + 1] = scaled_sum(sum[4 * j + 1], row.y, upper);
-                value[4 * j + 2] = scaled_sum(sum[4 * j + 2], row.x, lower), value[4 * j + 3] = scaled_sum(sum[4 * j + 3], row.y, lower);
-            }
-            while (true) {
-                const Extras& now = extras[e.slot];
-                const int count = load_shared(barriers.counts + e.slot * 4);
-#pragma unroll 1
-                for (int i = 0; i < count; i++) {
-                    const float w = now.weight[i][own], v = now.weight[i][own + 8];
-#pragma unroll
-                    for (int j = 0; j < SUMS / 4; j++) {
-                        const float2 r = *reinterpret_cast<const float2*>(&now.residual[i][j * 8 + pair]);
-                        value[4 * j] = __fmaf_rn(r.x, w, value[4 * j]), value[4 * j + 1] = __fmaf_rn(r.y, w, value[4 * j + 1]);
-                        value[4 * j + 2] = __fmaf_rn(r.x, v, value[4 * j + 2]), value[4 * j + 3] = __fmaf_rn(r.y, v, value[4 * j + 3]);
-                    }
-                }
-                __syncwarp();  // this warp has read it
-                if (lane == 0) arrive(barriers.extras_free + e.slot * 8);
-                e.next();
-                if (count < CHUNK) break;
                 wait_mbarrier(barriers.extras_here + e.slot * 8, e.round);
+                float value[SUMS];
+#pragma unroll
+                for (int j = 0; j < SUMS / 4; j++) {
+                    const float2 row = *reinterpret_cast<const float2*>(&extras[e.slot].row_scale[j * 8 + pair]);
+                    value[4 * j] = scaled_sum(sum[4 * j], row.x, upper), value[4 * j + 1] = scaled_sum(sum[4 * j + 1], row.y, upper);
+                    value[4 * j + 2] = scaled_sum(sum[4 * j + 2], row.x, lower), value[4 * j + 3] = scaled_sum(sum[4 * j + 3], row.y, lower);
+                }
+                while (true) {
+                    const Extras& now = extras[e.slot];
+                    const int count = load_shared(barriers.counts + e.slot * 4);
+#pragma unroll 1
+                    for (int i = 0; i < count; i++) {
+                        const float w = now.weight[i][own], v = now.weight[i][own + 8];
+#pragma unroll
+                        for (int j = 0; j < SUMS / 4; j++) {
+                            const float2 r = *reinterpret_cast<const float2*>(&now.residual[i][j * 8 + pair]);
+                            value[4 * j] = __fmaf_rn(r.x, w, value[4 * j]), value[4 * j + 1] = __fmaf_rn(r.y, w, value[4 * j + 1]);
+                            value[4 * j + 2] = __fmaf_rn(r.x, v, value[4 * j + 2]), value[4 * j + 3] = __fmaf_rn(r.y, v, value[4 * j + 3]);
+                        }
+                    }
+                    __syncwarp();  // this warp has read it
+                    if (lane == 0) arrive(barriers.extras_free + e.slot * 8);
+                    e.next();
+                    if (count < CHUNK) break;
+                    wait_mbarrier(barriers.extras_here + e.slot * 8, e.round);
+                }
+                write(o, staging, at.token, row0 + group * 64 + warp * 16, value);
             }
-            write(o, staging, at.token, row0 + group * 64 + warp * 16, value);
         }
     }
 
     static __device__ __forceinline__ void run(const Problem& p, const Split& split) {
         extern __shared__ __align__(1024) unsigned char shared[];
+        // FEW, which is launched before, lets this one start when the mask is complete.
+        if (OUTLIERS == Outliers::MANY && !ColumnKinds{p.o.mask, (int)p.o.k}.are_many()) {
+            wait_for_previous_kernel();
+            return;
+        }
         const unsigned base = shared_address(shared), rank = cluster_rank();
         const Barriers barriers(base);
         Extras* const extras = reinterpret_cast<Extras*>(shared + EXTRAS);
@@ -406,11 +431,12 @@ struct Wide {
             init_mbarrier(barriers.kind_here, 1);
             publish_mbarriers();
             prefetch_map(&p.weight), prefetch_map(&p.codes);
-            if (MAY_TAKE_TWO && p.two_passes) prefetch_map(&p.x);
+            if (MAY_TAKE_TWO) prefetch_map(&p.x);
             prefetch_weight(p, split, rank);
         }
-        let_next_kernel_start();
+        if (OUTLIERS != Outliers::FEW) let_next_kernel_start();
         wait_for_previous_kernel();
+        if (OUTLIERS == Outliers::FEW) let_next_kernel_start();
         clear_ready(p.o);
         cluster_sync();
         if (threadIdx.x >= CONSUMERS) {
@@ -429,14 +455,23 @@ struct Wide {
     }
 };
 
-#define WIDE(DTYPE, E, COLUMNS, SLOTS, FEW_REGISTERS)                                                                    \
+#define WIDE(DTYPE, E, COLUMNS, SLOTS, FEW_REGISTERS, OUTLIERS, NAME)                                                    \
     extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, FEW_REGISTERS ? 2 : 1)         \
-        int8_wide_##COLUMNS##_##DTYPE(const __grid_constant__ Problem p, const Split split) {                            \
-        typedef Wide<E, COLUMNS, SLOTS, FEW_REGISTERS> Instance;                                                         \
+        int8_wide_##COLUMNS##NAME##_##DTYPE(const __grid_constant__ Problem p, const Split split) {                      \
+        typedef Wide<E, COLUMNS, SLOTS, FEW_REGISTERS, OUTLIERS> Instance;                                               \
         static_assert(Instance::BYTES <= 227 * 1024, "shared memory");                                                   \
         Instance::run(p, split);                                                                                         \
     }
-#define WIDES(DTYPE, E) WIDE(DTYPE, E, 64, 8, true) WIDE(DTYPE, E, 128, 6, false) WIDE(DTYPE, E, 256, 4, false)
-WIDES(f32, F32)
-WIDES(f16, F16)
-WIDES(bf16, BF16)
+#define WIDES(DTYPE, E, OUTLIERS, NAME)                                                                                  \
+    WIDE(DTYPE, E, 64, 8, true, OUTLIERS, NAME)                                                                          \
+    WIDE(DTYPE, E, 128, 6, false, OUTLIERS, NAME)                                                                        \
+    WIDE(DTYPE, E, 256, 4, false, OUTLIERS, NAME)
+WIDES(f32, F32, Outliers::SINGLY, )
+WIDES(f16, F16, Outliers::SINGLY, )
+WIDES(bf16, BF16, Outliers::SINGLY, )
+WIDES(f16, F16, Outliers::BOTH, _both)
+WIDES(bf16, BF16, Outliers::BOTH, _both)
+WIDE(f16, F16, 256, 4, false, Outliers::FEW, _few)
+WIDE(bf16, BF16, 256, 4, false, Outliers::FEW, _few)
+WIDE(f16, F16, 256, 4, false, Outliers::MANY, _many)
+WIDE(bf16, BF16, 256, 4, false, Outliers::MANY, _many)

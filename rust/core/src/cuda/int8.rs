@@ -23,6 +23,7 @@ struct RowsProblem {
     m: i64,
     k: i64,
     threshold: f32,
+    few: i32,
 }
 
 /// kernels/int8.cuh
@@ -50,7 +51,6 @@ struct WideProblem {
     codes: TensorMap,
     x: TensorMap,
     operands: Operands,
-    two_passes: i32,
 }
 
 /// kernels/int8_skinny.cu
@@ -60,6 +60,7 @@ struct SkinnyProblem {
     codes: TensorMap,
     operands: Operands,
     threshold: f32,
+    after_rows: i32,
 }
 
 /// Where a launch goes.
@@ -69,11 +70,12 @@ struct Queue {
     stream: u64,
 }
 
-/// Quantizes rows; `ready`, where it is not 0, is where the mask's being cleared is told.
+/// Quantizes rows; `ready`, where it is not 0, is where the mask's being cleared is told. `few`: they have a mask each, and the product
+/// that follows reads W while they are being quantized.
 ///
 /// # Safety
 /// As [`crate::int8::quantize_rows`].
-unsafe fn rows_to(rows: Rows, k: usize, threshold: f32, to: Codes, ready: u64, queue: Queue) -> Result<()> {
+unsafe fn rows_to(rows: Rows, k: usize, threshold: f32, to: Codes, ready: u64, few: bool, queue: Queue) -> Result<()> {
     let mask = if threshold > 0.0 { to.mask } else { 0 };
     let ready = if mask == 0 { 0 } else { ready };
     let problem = RowsProblem {
@@ -86,6 +88,7 @@ unsafe fn rows_to(rows: Rows, k: usize, threshold: f32, to: Codes, ready: u64, q
         m: rows.m as i64,
         k: k as i64,
         threshold,
+        few: i32::from(few),
     };
     // A warp takes a short row, a block a long one.
     let pieces = if k * rows.dtype.size() <= 2048 { rows.m.div_ceil(8) } else { rows.m };
@@ -104,7 +107,7 @@ unsafe fn rows_to(rows: Rows, k: usize, threshold: f32, to: Codes, ready: u64, q
 /// As [`crate::int8::quantize_rows`].
 pub unsafe fn quantize_rows(rows: Rows, k: usize, threshold: f32, to: Codes, device: usize, stream: u64) -> Result<()> {
     // SAFETY: the caller's promise.
-    unsafe { rows_to(rows, k, threshold, to, 0, Queue { device, stream }) }
+    unsafe { rows_to(rows, k, threshold, to, 0, false, Queue { device, stream }) }
 }
 
 fn weight_matrix(weight: Weight, rows: u32) -> Matrix {
@@ -145,6 +148,8 @@ struct Call {
     multiprocessors: usize,
     /// Of rows that the kernel quantizes itself.
     threshold: f32,
+    /// The launch before it has quantized the rows for it.
+    after_rows: bool,
     /// Where parts of tiles meet, or 0.
     workspace: u64,
     queue: Queue,
@@ -152,13 +157,20 @@ struct Call {
 
 impl Call {
     /// # Safety
-    /// `arguments` are the parameters of the product's kernels, with addresses by the promise of [`matmul`].
+    /// As [`Call::launch_kernel`].
     unsafe fn launch(&self, arguments: &mut [*mut c_void], grid: Grid) -> Result<()> {
+        // SAFETY: the caller's promise.
+        unsafe { self.launch_kernel(Kernel::Int8(self.product, self.dtype), arguments, grid) }
+    }
+
+    /// # Safety
+    /// `arguments` are the parameters of the product's kernels, with addresses by the promise of [`matmul`].
+    unsafe fn launch_kernel(&self, kernel: Kernel, arguments: &mut [*mut c_void], grid: Grid) -> Result<()> {
         let Operands { m, n, k, .. } = self.operands;
         let launch = Launch {
             device: self.queue.device,
             stream: self.queue.stream,
-            kernel: Kernel::Int8(self.product, self.dtype),
+            kernel,
             grid,
             describe: &|| format!("{m} x {k} by {n} x {k} of int8"),
         };
@@ -180,17 +192,28 @@ impl Call {
                     let tiles = m.div_ceil(rows) * n.div_ceil(128);
                     self.launch(arguments![operands], Grid::Overlapping(tiles as u64))
                 }
-                Int8Product::SkinnyOwn | Int8Product::Skinny8 | Int8Product::Skinny16 | Int8Product::Skinny32 => {
+                Int8Product::SkinnyOwn
+                | Int8Product::SkinnyKept8
+                | Int8Product::SkinnyKept16
+                | Int8Product::Skinny8
+                | Int8Product::Skinny16
+                | Int8Product::Skinny32 => {
                     let (rows, tokens) = match self.product {
                         Int8Product::Skinny32 => (32, 32),
-                        Int8Product::Skinny16 => (32, 16),
+                        Int8Product::Skinny16 | Int8Product::SkinnyKept16 => (32, 16),
                         _ => (16, 8),
                     };
                     let map = weight_matrix(weight, rows).map()?;
                     // Own rows do not come by the copy engine.
                     let own = self.product == Int8Product::SkinnyOwn;
                     let codes = if own { map } else { matrix(operands.codes, m, k, tokens).map()? };
-                    let problem = SkinnyProblem { weight: map, codes, operands, threshold: self.threshold };
+                    let problem = SkinnyProblem {
+                        weight: map,
+                        codes,
+                        operands,
+                        threshold: self.threshold,
+                        after_rows: i32::from(self.after_rows),
+                    };
                     self.launch(arguments![problem], Grid::Overlapping(n.div_ceil(rows as usize) as u64))
                 }
                 Int8Product::Wide64 | Int8Product::Wide128 | Int8Product::Wide256 => {
@@ -203,18 +226,24 @@ impl Call {
                         box_shape: (columns as u32 / 2, 64),
                         swizzled: true,
                     };
-                    let two_passes =
-                        operands.mask != 0 && self.dtype.is_some_and(|dtype| dtype.size() == 2) && x.is_copyable();
+                    // Many outlier columns are for what 16-bit tensor cores and the copy engine take.
+                    let many = self.dtype.filter(|dtype| operands.mask != 0 && dtype.size() == 2 && x.is_copyable());
                     let problem = WideProblem {
                         weight: weight_matrix(weight, 128).map()?,
                         codes,
-                        x: if two_passes { x.map()? } else { codes },
+                        x: if many.is_some() { x.map()? } else { codes },
                         operands,
-                        two_passes: i32::from(two_passes),
                     };
                     let runs = self.product.runs(m, n, k, self.multiprocessors, self.workspace != 0);
                     let split = runs.split(self.workspace);
-                    self.launch(arguments![problem, split], Grid::Overlapping(2 * runs.clusters as u64))
+                    let (product, grid) = (self.product, Grid::Overlapping(2 * runs.clusters as u64));
+                    let Some(dtype) = many else { return self.launch(arguments![problem, split], grid) };
+                    // Of two, one finds that the other has all to do.
+                    for &outliers in product.outlier_launches(m, n, k, runs) {
+                        let kernel = Kernel::Int8Outliers(product, dtype, outliers);
+                        self.launch_kernel(kernel, arguments![problem, split], grid)?;
+                    }
+                    Ok(())
                 }
             }
         }
@@ -257,6 +286,7 @@ pub unsafe fn matmul(
         weight,
         multiprocessors: at.multiprocessors,
         threshold: 0.0,
+        after_rows: false,
         workspace: 0,
         queue: Queue { device, stream },
     };
@@ -276,12 +306,15 @@ const ALIGNMENT: usize = 256;
 /// Of kernels/int8.cuh's flags, `FLAGS` times `FLAG_STRIDE` numbers.
 const FLAG_BYTES: usize = 16 * 16 * 8;
 
+/// Rows that may have a mask each.
+const MASKS: usize = 16;
+
 impl Layout {
     /// The flags that the mask is cleared lie first.
     fn new(m: usize, k: usize) -> Self {
         let after = |start: usize, bytes: usize| (start + bytes).next_multiple_of(ALIGNMENT);
         let mask = FLAG_BYTES;
-        let scales = after(mask, 4 * k.div_ceil(32));
+        let scales = after(mask, 4 * k.div_ceil(32) * m.min(MASKS));
         let codes = after(scales, 4 * m);
         Self { mask, scales, codes, parts: after(codes, m * k) }
     }
@@ -322,15 +355,17 @@ pub unsafe fn linear(
         weight,
         multiprocessors: at.multiprocessors,
         threshold,
+        after_rows: product != Int8Product::SkinnyOwn,
         workspace: place(layout.parts),
         queue,
     };
     if product != Int8Product::SkinnyOwn {
         let mask = if threshold > 0.0 { place(layout.mask) } else { 0 };
-        let ready = if threshold > 0.0 { base } else { 0 };
+        let few = product.keeps_rows();
+        let ready = if threshold > 0.0 && !few { base } else { 0 };
         let codes = Codes { codes: place(layout.codes), scales: place(layout.scales), mask };
         // SAFETY: the caller's promise; the workspace has the size of this layout.
-        unsafe { rows_to(rows, k, threshold, codes, ready, queue)? };
+        unsafe { rows_to(rows, k, threshold, codes, ready, few, queue)? };
         call.operands = operands(rows, codes, ready, weight, output);
     }
     // SAFETY: the caller's promise.
@@ -360,6 +395,7 @@ pub unsafe fn matmul_int32(
         weight,
         multiprocessors: at.multiprocessors,
         threshold: 0.0,
+        after_rows: false,
         workspace: 0,
         queue: Queue { device, stream },
     };

@@ -16,7 +16,11 @@ pub enum Int8Product {
     Mma128,
     /// int8_skinny.cu, which quantizes up to 8 rows itself
     SkinnyOwn,
-    /// int8_skinny.cu, up to 8 quantized rows
+    /// int8_skinny.cu, up to 8 quantized rows, of few enough columns to be kept
+    SkinnyKept8,
+    /// int8_skinny.cu, the same of 16
+    SkinnyKept16,
+    /// int8_skinny.cu, up to 8 quantized rows of any length
     Skinny8,
     /// int8_skinny.cu, up to 16 quantized rows
     Skinny16,
@@ -30,20 +34,40 @@ pub enum Int8Product {
     Wide256,
 }
 
+/// Which outlier columns a launch of int8_wgmma.cu does something for, where 16-bit tensor cores help with them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Outliers {
+    /// However many they are
+    Both,
+    /// Few
+    Few,
+    /// Many
+    Many,
+}
+
+impl Outliers {
+    /// What they are called in the kernels' names.
+    pub const NAMES: [&str; 3] = ["both", "few", "many"];
+}
+
 /// Columns of a slot of int8_wgmma.cu.
 const SLOT: usize = 128;
 
-/// Bytes of shared memory for the codes of rows that int8_skinny.cu quantizes itself, and columns of its stages.
-const OWN_BYTES: usize = 64 * 1024;
-const OWN_STAGE: usize = 256;
+/// Bytes of shared memory for the codes of rows that int8_skinny.cu keeps, and columns of its stages.
+const KEPT_BYTES: usize = 64 * 1024;
+const KEPT_STAGE: usize = 256;
+/// Codes that a block of it quantizes sooner than another launch does for all.
+const FEW_CODES: usize = 16 * 1024;
 
 impl Int8Product {
     /// All of them.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 12] = [
         Self::Plain,
         Self::Mma16,
         Self::Mma128,
         Self::SkinnyOwn,
+        Self::SkinnyKept8,
+        Self::SkinnyKept16,
         Self::Skinny8,
         Self::Skinny16,
         Self::Skinny32,
@@ -59,6 +83,8 @@ impl Int8Product {
             Self::Mma16 => "mma_16",
             Self::Mma128 => "mma_128",
             Self::SkinnyOwn => "skinny_own",
+            Self::SkinnyKept8 => "skinny_kept_8",
+            Self::SkinnyKept16 => "skinny_kept_16",
             Self::Skinny8 => "skinny_8",
             Self::Skinny16 => "skinny_16",
             Self::Skinny32 => "skinny_32",
@@ -73,7 +99,12 @@ impl Int8Product {
         match self {
             Self::Plain => "int8_plain",
             Self::Mma16 | Self::Mma128 => "int8_mma",
-            Self::SkinnyOwn | Self::Skinny8 | Self::Skinny16 | Self::Skinny32 => "int8_skinny",
+            Self::SkinnyOwn
+            | Self::SkinnyKept8
+            | Self::SkinnyKept16
+            | Self::Skinny8
+            | Self::Skinny16
+            | Self::Skinny32 => "int8_skinny",
             Self::Wide64 | Self::Wide128 | Self::Wide256 => "int8_wgmma",
         }
     }
@@ -89,6 +120,10 @@ impl Int8Product {
             Self::Plain => 0,
             Self::Mma16 => 3 * (16 + 128) * 64,
             Self::Mma128 => 3 * (128 + 128) * 64,
+            // No more than they need: a block of the next launch, which quantizes rows, finds room beside them.
+            Self::SkinnyOwn => 210 * 1024,
+            Self::SkinnyKept8 => 203 * 1024,
+            Self::SkinnyKept16 => 214 * 1024,
             _ => 227 * 1024,
         }
     }
@@ -103,6 +138,11 @@ impl Int8Product {
         }
     }
 
+    /// Whether it keeps codes of rows that the launch before it quantizes meanwhile.
+    pub fn keeps_rows(self) -> bool {
+        matches!(self, Self::SkinnyKept8 | Self::SkinnyKept16)
+    }
+
     /// Whether the copy engine must be able to read the operands.
     pub fn needs_copy_engine(self) -> bool {
         !matches!(self, Self::Plain | Self::Mma16 | Self::Mma128)
@@ -111,7 +151,9 @@ impl Int8Product {
     /// Whether it takes `m` rows of `k` columns, alignment apart.
     pub fn takes(self, m: usize, k: usize) -> bool {
         match self {
-            Self::SkinnyOwn => m <= 8 && m.next_power_of_two() * k.next_multiple_of(OWN_STAGE) <= OWN_BYTES,
+            Self::SkinnyOwn => m <= 8 && m.next_power_of_two() * k.next_multiple_of(KEPT_STAGE) <= KEPT_BYTES,
+            Self::SkinnyKept8 => m <= 8 && 8 * k.next_multiple_of(KEPT_STAGE) <= KEPT_BYTES,
+            Self::SkinnyKept16 => m <= 16 && 16 * k.next_multiple_of(KEPT_STAGE) <= KEPT_BYTES,
             Self::Skinny8 => m <= 8,
             Self::Skinny16 => m <= 16,
             Self::Skinny32 => m <= 32,
@@ -139,6 +181,13 @@ impl Int8Product {
         Runs::deal(self.tiles(m, n, k), multiprocessors, self.cost(), workspace)
     }
 
+    /// The launches of an instance of int8_wgmma.cu where there is a mask: one for few columns and one for many gain 2 to 7 %, and take
+    /// 4 us. Measured at 64 to 200 us.
+    pub fn outlier_launches(self, m: usize, n: usize, k: usize, runs: Runs) -> &'static [Outliers] {
+        let long = runs.microseconds(self.tiles(m, n, k), self.cost()) > 100.0;
+        if self == Self::Wide256 && long { &[Outliers::Few, Outliers::Many] } else { &[Outliers::Both] }
+    }
+
     /// Bytes that it needs for that.
     pub fn workspace_size(self, m: usize, n: usize, k: usize, multiprocessors: usize) -> usize {
         self.columns().map_or(0, |columns| self.runs(m, n, k, multiprocessors, true).workspace_size(128 * columns))
@@ -163,10 +212,11 @@ pub struct Circumstances {
 ///
 /// | rows | kernel | 4096 x 4096 | 8192 x 8192 | 14336 x 4096 | else |
 /// |---|---|---|---|---|---|
-/// | 1, 4, few enough columns | `skinny_own`: one launch | 9.5, 12.2 | 21.7, 25.4 | 20.4, 22.5 | `skinny_8`: 14.3, 26.6, 24.9 for 4 |
-/// | 8, very few columns | the same | 13.8 | | 24.6 | `skinny_8`: 14.4, 24.6 |
-/// | 8, 16 | `skinny_8`, `skinny_16` | 14.4, 14.5 | 26.8, 28.1 | 24.6, 25.2 | `wide_64`: 17.5, 34.5, 27.3 for 16 |
-/// | 32 | `skinny_32` | 14.5 | 29.8 | 27.7 | `wide_64`: 17.8, 34.5, 28.0 |
+/// | 1, 2, 4, few codes | `skinny_own`: one launch | 8.0, 8.1, 9.7 | 20.2, 20.3 | 18.4, 18.3, 19.0 | `skinny_kept_8`: 10.4, 22.2, 20.6 for 4 |
+/// | to 8, few enough columns | `skinny_kept_8` | 10.9 | 22.9 (4), 23.3 | 21.2 | `skinny_8`: 13.3, 24.5, 23.6 |
+/// | 16, the same | `skinny_kept_16` | 12.0 | | 23.6 | `skinny_16`: 13.6, 27.0, 23.8 |
+/// | 8, 16, else | `skinny_8`, `skinny_16` | | 27.0 (16) | | `wide_64`: 17.5, 34.5, 27.3 |
+/// | 32 | `skinny_32` | 14.2 | 29.6 | 27.2 | `wide_64`: 17.8, 34.5, 28.0 |
 /// | more | the shortest estimate of `wide_64`, `wide_128`, `wide_256` | | | | |
 ///
 /// Elsewhere, and where rows do not start on 16 bytes: `plain` up to 4 rows, `mma_16` up to 16, `mma_128`; `plain` before compute
@@ -189,8 +239,11 @@ pub fn choose(m: usize, n: usize, k: usize, at: Circumstances) -> Result<Int8Pro
     };
     Ok(if at.copy_engine {
         match m {
-            ..=8 if takes(Int8Product::SkinnyOwn) && (m <= 4 || m * k <= OWN_BYTES / 2) => Int8Product::SkinnyOwn,
+            ..=8 if takes(Int8Product::SkinnyOwn) && m * k <= FEW_CODES => Int8Product::SkinnyOwn,
+            ..=8 if takes(Int8Product::SkinnyKept8) => Int8Product::SkinnyKept8,
+            ..=4 if takes(Int8Product::SkinnyOwn) => Int8Product::SkinnyOwn,
             ..=8 => Int8Product::Skinny8,
+            9..=16 if takes(Int8Product::SkinnyKept16) => Int8Product::SkinnyKept16,
             9..=16 => Int8Product::Skinny16,
             17..=32 => Int8Product::Skinny32,
             _ => {

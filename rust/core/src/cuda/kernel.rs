@@ -1,6 +1,6 @@
 //! The kernels: their names, files and sizes.
 
-use super::int8_choice::Int8Product;
+use super::int8_choice::{Int8Product, Outliers};
 use super::optim_kernels::OptimKernel;
 use super::product::Product;
 use crate::Dtype;
@@ -42,14 +42,17 @@ pub enum Kernel {
     Int8Panel(Dtype),
     /// int8_plain.cu, int8_mma.cu, int8_skinny.cu, int8_wgmma.cu; without a type the int32 sums
     Int8(Int8Product, Option<Dtype>),
+    /// int8_wgmma.cu's instances for outlier columns on 16-bit tensor cores, of float16 and bfloat16
+    Int8Outliers(Int8Product, Dtype, Outliers),
 }
 
 impl Kernel {
     /// How many there are.
-    pub const COUNT: usize = Self::INT8 + 2 * Dtype::ALL.len() + Int8Product::ALL.len() * (Dtype::ALL.len() + 1);
+    pub const COUNT: usize = Self::OUTLIERS + Int8Product::ALL.len() * Dtype::ALL.len() * Outliers::NAMES.len();
     const MATMUL4: usize = 7 * Dtype::ALL.len() + 1;
     const OPTIM: usize = Self::MATMUL4 + Product::COUNT * Dtype::ALL.len() * 2;
     const INT8: usize = Self::OPTIM + OptimKernel::COUNT;
+    const OUTLIERS: usize = Self::INT8 + 2 * Dtype::ALL.len() + Int8Product::ALL.len() * (Dtype::ALL.len() + 1);
 
     /// Its place in a device's table.
     pub fn index(self) -> usize {
@@ -72,6 +75,9 @@ impl Kernel {
             Self::Int8(product, dtype) => {
                 Self::INT8 + 2 * types + product as usize * (types + 1) + dtype.map_or(types, |dtype| dtype as usize)
             }
+            Self::Int8Outliers(product, dtype, outliers) => {
+                Self::OUTLIERS + (product as usize * types + dtype as usize) * Outliers::NAMES.len() + outliers as usize
+            }
         }
     }
 
@@ -85,7 +91,7 @@ impl Kernel {
             Self::Matmul4 { product, .. } => product.family(),
             Self::Optim(kernel) => kernel.file(),
             Self::Int8Rows(_) | Self::Int8Panel(_) => "int8_rows",
-            Self::Int8(product, _) => product.family(),
+            Self::Int8(product, _) | Self::Int8Outliers(product, ..) => product.family(),
         }
     }
 
@@ -107,6 +113,9 @@ impl Kernel {
             Self::Int8Rows(dtype) => format!("int8_quantize_rows_{}", dtype.suffix()),
             Self::Int8Panel(dtype) => format!("int8_dequantize_panel_{}", dtype.suffix()),
             Self::Int8(product, dtype) => format!("int8_{}_{}", product.name(), dtype.map_or("i32", Dtype::suffix)),
+            Self::Int8Outliers(product, dtype, outliers) => {
+                format!("int8_{}_{}_{}", product.name(), Outliers::NAMES[outliers as usize], dtype.suffix())
+            }
         }
     }
 
@@ -117,7 +126,7 @@ impl Kernel {
             Self::QuantizeAbsmax => 512,
             Self::Matmul4 { product, .. } => product.threads(),
             Self::Optim(kernel) => kernel.threads(),
-            Self::Int8(product, _) => product.threads(),
+            Self::Int8(product, _) | Self::Int8Outliers(product, ..) => product.threads(),
             _ => 256,
         }
     }
@@ -127,7 +136,7 @@ impl Kernel {
         match self {
             Self::Matmul4 { product, .. } => product.shared_bytes(),
             Self::Optim(kernel) => kernel.shared_bytes(target),
-            Self::Int8(product, _) => product.shared_bytes(),
+            Self::Int8(product, _) | Self::Int8Outliers(product, ..) => product.shared_bytes(),
             _ => 0,
         }
     }
