@@ -232,7 +232,8 @@ def loaded(device: torch.device) -> None:
     expected = source(inputs(device, 0))
     everywhere, first = StateDictOptions(full_state_dict=True), dist.get_rank() == 0
     from_first = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-    for way in ("full", "sharded", "broadcast", "after a step"):
+    to_the_cpu = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, cpu_offload=True)
+    for way in ("full", "sharded", "broadcast", "broadcast by the CPU", "after a step"):
         model = shard(build(device))
         if way == "full":
             set_model_state_dict(model, copy.deepcopy(full), options=everywhere)
@@ -242,6 +243,12 @@ def loaded(device: torch.device) -> None:
             model.load_state_dict(again.state_dict())
         elif way == "broadcast":
             set_model_state_dict(model, copy.deepcopy(full) if first else {}, options=from_first)
+        elif way == "broadcast by the CPU":
+            set_model_state_dict(model, copy.deepcopy(full) if first else {}, options=to_the_cpu)
+            # Adapters alone, beside what is left of frozen weights when distributed checkpoints have dropped them.
+            rest = {key: value for key, value in full.items() if not key.endswith("base.weight")}
+            options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, cpu_offload=True, strict=False)
+            set_model_state_dict(model, rest if first else {}, options=options)
         else:
             model(inputs(device, 0))
             set_model_state_dict(model, copy.deepcopy(full), options=everywhere)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from itertools import chain
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
+_CHECKPOINTS = "torch.distributed.checkpoint.state_dict"
 _TORCH = frozenset(nn.Module().__dict__)  # what every module has, parameters among it
 
 
@@ -113,6 +116,21 @@ class QuantizedModule(nn.Module):
             self._parameters["weight"] = weight
 
     # ---- state dicts -----------------------------------------------------------------------------------------------
+
+    def named_buffers(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """Return an iterator over buffers, as ``nn.Module.named_buffers``.
+
+        Distributed checkpoints get what stands beside the weight in a state dict as well: with
+        ``broadcast_from_rank0`` they know no other entries than parameters and buffers.
+        """
+        buffers = super().named_buffers(prefix, recurse, remove_duplicate)
+        if recurse or sys._getframe(1).f_globals.get("__name__") != _CHECKPOINTS:
+            return buffers
+        entries: dict[str, Any] = {}
+        self._save_to_state_dict(entries, "", False)
+        return chain(buffers, ((prefix + name, value) for name, value in self._statistics(entries, "").items()))
 
     def _statistics(self, state_dict: Mapping[str, Any], prefix: str) -> dict[str, Any]:
         """Return the entries of a state dict that say how to read its weight."""

@@ -222,7 +222,10 @@ def gathered(tensor: Any) -> torch.Tensor:
             shape=tensor.shape,
             stride=tensor.stride(),
         )
-    whole: torch.Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    if not hasattr(tensor, "full_tensor"):
+        return tensor  # type: ignore[no-any-return]
+    # What was moved to the CPU, as for a checkpoint, is gathered where the mesh is.
+    whole: torch.Tensor = tensor.to(tensor.device_mesh.device_type).full_tensor()
     return whole
 
 
