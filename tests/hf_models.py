@@ -45,12 +45,12 @@ def install() -> Any:
     return transformers
 
 
-def make_llama(transformers: Any, path: Path) -> Path:
+def make_llama(transformers: Any, path: Path, hidden: int = 64) -> Path:
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=VOCABULARY,
-        hidden_size=64,
-        intermediate_size=128,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,

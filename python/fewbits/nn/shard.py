@@ -229,6 +229,16 @@ def gathered(tensor: Any) -> torch.Tensor:
     return whole
 
 
+def distribute_alike(tensor: torch.Tensor, other: Any) -> Any:
+    """Return a tensor that every rank has whole, distributed as another one is. Every rank must call this."""
+    if not hasattr(other, "device_mesh"):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    mesh = other.device_mesh
+    return distribute_tensor(tensor.to(mesh.device_type), mesh, other.placements).to(other.device)
+
+
 def shared(weight: Any, entries: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return what a state dict has beside a distributed weight, where some ranks have it and others have nothing.
 
