@@ -6,6 +6,7 @@ import copy
 import gc
 import weakref
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 
 import fewbits.optim
+from fewbits import _int8_prepared, _prepared
 from fewbits.nn import Embedding4bit, Embedding8bit, Linear4bit, Linear8bitLt
 from fewbits.nn.shard import shard_of
 from ranks import Ranks
@@ -181,6 +183,34 @@ def memory(device: torch.device) -> None:
     for module, cls in ((layer, Linear4bit), (eight, Linear8bitLt)):
         with pytest.raises(RuntimeError, match="expected a whole weight, got a distributed tensor"):
             cls.forward(module, torch.ones(1, 512, device=device))
+
+
+def gathers(device: torch.device) -> None:
+    """From the second gather on, a weight costs the host next to nothing: no operation, and nothing prepared anew."""
+    model = shard(build(device, layers=[("4", {"quant_type": "nf4"}, 128, 64), ("8", {}, 64, 33)]))
+    mesh = model[0].base.weight.device_mesh
+    x = inputs(device, 0)
+    with (
+        mock.patch.object(_prepared, "prepare", wraps=_prepared.prepare) as four,
+        mock.patch.object(_int8_prepared, "prepare", wraps=_int8_prepared.prepare) as eight,
+    ):
+        model(x).sum().backward()
+        counts = four.call_count, eight.call_count
+        assert counts == (1, 1), f"{counts} weights were prepared for one step"
+        for _ in range(2):
+            model(x).sum().backward()
+        assert (four.call_count, eight.call_count) == counts, "weights were prepared again"
+    for layer in model:
+        piece = shard_of(layer.base.weight)
+        assert piece is not None
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            piece.fsdp_pre_all_gather(mesh)
+        launched = [event.name for event in profile.events() if event.name.startswith("aten::")]
+        assert not launched, launched
+
+
+def test_a_gathered_weight_costs_little(ranks: Ranks) -> None:
+    ranks(2, gathers)
 
 
 def test_each_rank_keeps_its_part(ranks: Ranks) -> None:

@@ -9,6 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -23,7 +25,7 @@ try:
     from torch.distributed.tensor import parallel as torch_parallel
     from torch.distributed.tensor.parallel import parallelize_module
 
-    from fewbits.distributed import ColwiseParallel, RowwiseParallel, split_4bit
+    from fewbits.distributed import ColwiseParallel, RowwiseParallel, split_4bit, split_8bit, tensor_parallel
 except ImportError:
     pytest.skip("this torch has no distributed tensors", allow_module_level=True)
 
@@ -245,6 +247,21 @@ def test_embeddings(ranks: Ranks, world: int) -> None:
     ranks(world, tables)
 
 
+def by_a_plan(device: torch.device) -> None:
+    whole, mesh = build("nf4", device), init_device_mesh(device.type, (dist.get_world_size(),))
+    with pytest.raises(ValueError, match=r"plan: expected styles by names of modules, got none"):
+        tensor_parallel(copy.deepcopy(whole), mesh)
+    with pytest.raises(ValueError, match=r"plan: expected one of colwise, .* for up, got 'packed_colwise'"):
+        tensor_parallel(copy.deepcopy(whole), mesh, {"up": "packed_colwise"})
+    block = tensor_parallel(copy.deepcopy(whole), mesh, {"up": "colwise", "down": "rowwise"})
+    x = torch.randn(4, 256, generator=torch.Generator().manual_seed(3)).to(device)
+    near(block(x), whole(x), 1e-5, "plan")
+
+
+def test_a_plan_of_transformers(ranks: Ranks) -> None:
+    ranks(2, by_a_plan)
+
+
 def with_shards(device: torch.device, kind: str) -> None:
     """FSDP2 over one dimension of a mesh, tensor parallelism over the other."""
     mesh = init_device_mesh(device.type, (2, 2), mesh_dim_names=("dp", "tp"))
@@ -286,3 +303,39 @@ def test_split(n: int, k: int, world: int, nested: bool, dim: int) -> None:
     codes, state = quantize_4bit(values, blocksize=32, compress_statistics=nested, quant_type="nf4")
     parts = [dequantize_4bit(*split_4bit(codes, state, dim, rank, world)) for rank in range(world)]
     assert torch.equal(torch.cat(parts, dim), dequantize_4bit(codes, state))
+
+
+@given(
+    n=st.integers(1, 40),
+    k=st.integers(1, 12).map(lambda blocks: 16 * blocks),
+    world=st.integers(1, 5),
+    dim=st.integers(0, 1),
+    nested=st.booleans(),
+    storage=st.sampled_from([torch.uint8, torch.int8, torch.bfloat16, torch.float32]),
+)
+@settings(max_examples=60, deadline=None)
+def test_any_shape_is_cut_exactly_or_refused(
+    n: int, k: int, world: int, dim: int, nested: bool, storage: torch.dtype
+) -> None:
+    """Parts that are whole rows, or columns, and whole blocks hold the values of the whole; all else is refused."""
+    values = torch.randn(n, k, generator=torch.Generator().manual_seed(n * k))
+    codes, state = quantize_4bit(
+        values, blocksize=32, compress_statistics=nested, quant_type="nf4", quant_storage=storage
+    )
+    before = codes.clone()
+    fits = (n, k)[dim] % world == 0 and ((n // world * k) if dim == 0 else k // world) % 32 == 0
+    if not fits:
+        with pytest.raises(ValueError, match=("out_features", "in_features")[dim]):
+            split_4bit(codes, state, dim, 0, world)
+    else:
+        parts = [dequantize_4bit(*split_4bit(codes, state, dim, rank, world)) for rank in range(world)]
+        assert torch.equal(torch.cat(parts, dim), dequantize_4bit(codes, state))
+    assert torch.equal(codes.view(torch.uint8), before.view(torch.uint8))
+    eight, scales = values.clamp(-1, 1).mul(127).to(torch.int8), torch.rand(n)
+    if (n, k)[dim] % world:
+        with pytest.raises(ValueError, match=("out_features", "in_features")[dim]):
+            split_8bit(eight, scales, dim, 0, world)
+    else:
+        cut = [split_8bit(eight, scales, dim, rank, world) for rank in range(world)]
+        assert torch.equal(torch.cat([part for part, _ in cut], dim), eight)
+        assert torch.equal(torch.cat([row for _, row in cut]) if dim == 0 else cut[-1][1], scales)
