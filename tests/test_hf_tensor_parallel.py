@@ -27,7 +27,7 @@ NAMES = ["nf4-double", "nf4-bfloat16-storage", "int8"]
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model of which rows and whole blocks can be cut, and what it is quantized."""
-    path = make_llama(transformers, tmp_path_factory.mktemp("base"), hidden=256)
+    path = make_llama(transformers, tmp_path_factory.mktemp("base"), hidden=256, bias=True)
     for name in NAMES:
         load(transformers, path, name, device_map={"": "cpu"}).save_pretrained(path / name)
     return path
