@@ -107,7 +107,7 @@ test-portable: setup ## run the tests of the API on plain torch operations, whic
 # Each of these groups in an environment of its own, which sees .venv's torch and wheel behind its own packages.
 HF_SETS := hf4 hf5
 HF_TESTS := test_hf_models.py test_hf_training.py test_hf_offload.py test_hf_late.py test_hf_pages.py test_hf_diffusers.py \
-	test_hf_distributed.py
+	test_hf_distributed.py test_hf_accelerate.py test_hf_tensor_parallel.py
 
 $(VENV)-%/.installed: $(VENV)/.installed pyproject.toml
 	$(call say,environment $*)

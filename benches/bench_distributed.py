@@ -131,7 +131,12 @@ def training() -> list[Row]:
 
     for unit in (model.embedding, *model.layers):
         fully_shard(unit)
+    fully_shard(model.head, reshard_after_forward=False)  # the backward pass begins with it
     fully_shard(model)
+    # By default the first layer would fetch the embedding for a backward pass that the frozen table does not have.
+    model.layers[0].set_modules_to_backward_prefetch([model.layers[0]])
+    for layer, following in zip(model.layers, [*model.layers[1:], model.head], strict=True):
+        layer.set_modules_to_forward_prefetch([following])
     gc.collect()
     if DEVICE.type == "cuda":
         torch.cuda.empty_cache()

@@ -95,6 +95,24 @@ class Layer(nn.Module):
         return self.run(x, cache)
 
 
+class Head(nn.Module):
+    """The last product and the loss, with the logits of a few tokens at a time.
+
+    One unit for FSDP2: its weight is gathered once for all pieces, forward, and kept until they are done backward.
+    """
+
+    def __init__(self, shape: Shape, device: torch.device) -> None:
+        super().__init__()
+        self.linear = nn.Linear(shape.hidden, shape.vocabulary, bias=False, device=device, dtype=torch.bfloat16)
+
+    def forward(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        pieces = zip(hidden.flatten(0, 1).split(CHUNK), labels.flatten().split(CHUNK), strict=True)
+        return torch.stack([checkpoint(self.loss_of, *piece, use_reentrant=False) for piece in pieces]).sum()
+
+    def loss_of(self, hidden: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(self.linear(hidden).float(), wanted, reduction="sum")
+
+
 class Model(nn.Module):
     """Embedding, layers, head. The embedding and the head stay in bfloat16; adapters alone are trained."""
 
@@ -102,23 +120,18 @@ class Model(nn.Module):
         super().__init__()
         self.embedding = nn.Embedding(shape.vocabulary, shape.hidden, device=device, dtype=torch.bfloat16)
         self.layers = nn.ModuleList([Layer(shape, device, rank) for _ in range(shape.layers)])
-        self.head = nn.Linear(shape.hidden, shape.vocabulary, bias=False, device=device, dtype=torch.bfloat16)
+        self.head = Head(shape, device)
         for part in (self.embedding, self.head):
             part.requires_grad_(False)
 
     def forward(self, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Return the mean loss, with the logits of a few tokens at a time."""
+        """Return the mean loss."""
         x = self.embedding(tokens)
         if torch.is_grad_enabled():
             x.requires_grad_()
         for layer in self.layers:
             x = layer(x)
-        pieces = zip(x.flatten(0, 1).split(CHUNK), labels.flatten().split(CHUNK), strict=True)
-        losses = [checkpoint(self.loss_of, *piece, use_reentrant=False) for piece in pieces]
-        return torch.stack(losses).sum() / labels.numel()
-
-    def loss_of(self, hidden: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(self.head(hidden).float(), wanted, reduction="sum")
+        return self.head(x, labels) / labels.numel()
 
 
 def packed_bytes(model: nn.Module) -> tuple[int, int]:

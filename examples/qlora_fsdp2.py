@@ -12,7 +12,8 @@ the same:
 
 1. layers are quantized before they are sharded, by the move to the device;
 2. `fully_shard` is given layer by layer, as for any model: what is sharded and gathered are the packed bytes and their
-   scales, whatever the storage dtype, and there is nothing to set;
+   scales, whatever the storage dtype, and there is nothing to set. Embedding and head are units of their own, which
+   would be gathered through the whole step otherwise;
 3. the optimizer is made after that, from the parameters that are trained;
 4. checkpoints are `torch.distributed.checkpoint`'s, of what is trained and of the optimizer.
 """
@@ -117,9 +118,12 @@ def main() -> None:
             module.requires_grad_(False)
     model.to(device)  # 1
 
-    for layer in model.layers:  # 2
-        fully_shard(layer)
+    for unit in (model.embedding, *model.layers):  # 2
+        fully_shard(unit)
+    fully_shard(model.head, reshard_after_forward=False)  # the backward pass begins with it
     fully_shard(model)
+    for layer, following in zip(model.layers, [*model.layers[1:], model.head], strict=True):
+        layer.set_modules_to_forward_prefetch([following])  # while the one before works
 
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = fewbits.optim.AdamW8bit(trained, lr=1e-2, max_grad_norm=1.0)  # 3

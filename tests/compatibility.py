@@ -147,5 +147,8 @@ WORKFLOWS = (
     ("`torch.compile` of a loaded model", "test_hf_training.py::test_compiled_model", ("hf4", "hf5")),
     ("trl's `SFTTrainer`", "test_hf_training.py::test_sft_trainer", ("hf5",)),
     ("diffusers: load, save and reload", "test_hf_diffusers.py::test_load_save_and_reload", ("hf5",)),
+    ("accelerate's FSDP2", "test_hf_accelerate.py::test_prepare", ("hf4", "hf5")),
+    ("`Trainer` with FSDP2, saved and resumed", "test_hf_accelerate.py::test_trainer", ("hf4", "hf5")),
+    ('`tp_plan="auto"`', "test_hf_tensor_parallel.py::test_logits", ("hf5",)),
     ("installed after the libraries", "test_hf_late.py::test_transformers_and_accelerate", ("hf4", "hf5")),
 )

@@ -45,19 +45,25 @@ def install() -> Any:
     return transformers
 
 
-def make_llama(transformers: Any, path: Path) -> Path:
+def make_llama(transformers: Any, path: Path, hidden: int = 64, bias: bool = False) -> Path:
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=VOCABULARY,
-        hidden_size=64,
-        intermediate_size=128,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=64,
         pad_token_id=0,
+        attention_bias=bias,
+        mlp_bias=bias,
     )
-    transformers.LlamaForCausalLM(config).save_pretrained(path)
+    model = transformers.LlamaForCausalLM(config)
+    for name, p in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(p, std=0.1)
+    model.save_pretrained(path)
     return path
 
 

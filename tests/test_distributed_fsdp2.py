@@ -6,6 +6,7 @@ import copy
 import gc
 import weakref
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 
 import fewbits.optim
+from fewbits import _int8_prepared, _prepared
 from fewbits.nn import Embedding4bit, Embedding8bit, Linear4bit, Linear8bitLt
 from fewbits.nn.shard import shard_of
 from ranks import Ranks
@@ -183,6 +185,34 @@ def memory(device: torch.device) -> None:
             cls.forward(module, torch.ones(1, 512, device=device))
 
 
+def gathers(device: torch.device) -> None:
+    """From the second gather on, a weight costs the host next to nothing: no operation, and nothing prepared anew."""
+    model = shard(build(device, layers=[("4", {"quant_type": "nf4"}, 128, 64), ("8", {}, 64, 33)]))
+    mesh = model[0].base.weight.device_mesh
+    x = inputs(device, 0)
+    with (
+        mock.patch.object(_prepared, "prepare", wraps=_prepared.prepare) as four,
+        mock.patch.object(_int8_prepared, "prepare", wraps=_int8_prepared.prepare) as eight,
+    ):
+        model(x).sum().backward()
+        counts = four.call_count, eight.call_count
+        assert counts == (1, 1), f"{counts} weights were prepared for one step"
+        for _ in range(2):
+            model(x).sum().backward()
+        assert (four.call_count, eight.call_count) == counts, "weights were prepared again"
+    for layer in model:
+        piece = shard_of(layer.base.weight)
+        assert piece is not None
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            piece.fsdp_pre_all_gather(mesh)
+        launched = [event.name for event in profile.events() if event.name.startswith("aten::")]
+        assert not launched, launched
+
+
+def test_a_gathered_weight_costs_little(ranks: Ranks) -> None:
+    ranks(2, gathers)
+
+
 def test_each_rank_keeps_its_part(ranks: Ranks) -> None:
     ranks(2, memory)
 
@@ -232,7 +262,8 @@ def loaded(device: torch.device) -> None:
     expected = source(inputs(device, 0))
     everywhere, first = StateDictOptions(full_state_dict=True), dist.get_rank() == 0
     from_first = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-    for way in ("full", "sharded", "broadcast", "after a step"):
+    to_the_cpu = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, cpu_offload=True)
+    for way in ("full", "sharded", "broadcast", "broadcast by the CPU", "after a step"):
         model = shard(build(device))
         if way == "full":
             set_model_state_dict(model, copy.deepcopy(full), options=everywhere)
@@ -242,6 +273,12 @@ def loaded(device: torch.device) -> None:
             model.load_state_dict(again.state_dict())
         elif way == "broadcast":
             set_model_state_dict(model, copy.deepcopy(full) if first else {}, options=from_first)
+        elif way == "broadcast by the CPU":
+            set_model_state_dict(model, copy.deepcopy(full) if first else {}, options=to_the_cpu)
+            # Adapters alone, beside what is left of frozen weights when distributed checkpoints have dropped them.
+            rest = {key: value for key, value in full.items() if not key.endswith("base.weight")}
+            options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, cpu_offload=True, strict=False)
+            set_model_state_dict(model, rest if first else {}, options=options)
         else:
             model(inputs(device, 0))
             set_model_state_dict(model, copy.deepcopy(full), options=everywhere)

@@ -12,6 +12,7 @@ from fewbits._direct import fits, target_of
 from fewbits._int8 import bind
 from fewbits._int8_product import Weight, dense
 from fewbits._launch import PLAIN_TYPES
+from fewbits._panel import Bound
 
 _Tensor, _float32, _int8, _uint8 = torch.Tensor, torch.float32, torch.int8, torch.uint8
 _SIZES = 64  # remembered workspace sizes; decode loops use a few numbers of rows
@@ -24,11 +25,27 @@ class Prepared8:
 
     def __init__(self, CB: torch.Tensor, SCB: torch.Tensor, ordinal: int) -> None:
         self.n, self.k = CB.shape
-        self.bound = bind(CB, SCB)._replace(alive=())
-        self.linear = _native.Int8Weight(*self.bound.native).linear
-        self.device, self.ordinal, self.base = CB.device, ordinal, storage_address(CB)
-        self.scales, self.scales_address = SCB, SCB.data_ptr()
+        self.device, self.ordinal, self.scales = CB.device, ordinal, SCB
         self.sizes: dict[int, int] = {}
+        self._at(bind(CB, SCB)._replace(alive=()), storage_address(CB), SCB.data_ptr())
+
+    def _at(self, bound: Bound, base: int, scales_address: int) -> None:
+        self.bound, self.linear = bound, _native.Int8Weight(*bound.native).linear
+        self.base, self.scales_address = base, scales_address
+
+    def elsewhere(self, CB: torch.Tensor, SCB: torch.Tensor) -> Prepared8 | None:
+        """Return the same for codes and scales whose memory was given back and taken again; None if they are others."""
+        if SCB is not self.scales:
+            return None
+        base, address = storage_address(CB), SCB.data_ptr()
+        if base == self.base and address == self.scales_address:
+            return self
+        other: Prepared8 = object.__new__(Prepared8)
+        other.n, other.k, other.sizes = self.n, self.k, self.sizes
+        other.device, other.ordinal, other.scales = self.device, self.ordinal, SCB
+        codes, n, k, _ = self.bound.native
+        other._at(self.bound._replace(native=(codes - self.base + base, n, k, address)), base, address)
+        return other
 
     def describes(self, CB: torch.Tensor, SCB: torch.Tensor) -> bool:
         """Return whether codes and scales are still what this was read from."""
@@ -72,7 +89,10 @@ class _Held:
         if self.prepared.describes(self.codes, self.scales):
             return self.prepared
         # What FSDP2 gathers again for the backward pass may lie elsewhere.
-        return prepare(self.codes, self.scales) if getattr(self.codes, "gathered", False) else None
+        if not getattr(self.codes, "gathered", False):
+            return None
+        again: Any = getattr(self.codes, "prepared", None)
+        return again if again is not None and again.describes(self.codes, self.scales) else None
 
     def grad(self, grad_output: torch.Tensor) -> torch.Tensor:
         return dense(grad_output, Weight(self.codes.data, self.scales), transposed=True)

@@ -49,24 +49,46 @@ class Prepared:
     def __init__(
         self, B: torch.Tensor, state: QuantState, native: _Native, ordinal: int, writes: torch.Tensor | None
     ) -> None:
-        self.matmul, self.n, self.k = _native.Weight4bit(*native).matmul, native[1], native[2]
-        self.bound = Bound(native, (self.n, self.k), ())
-        self.device, self.ordinal, self.base = B.device, ordinal, storage_address(B)
-        self.absmax, self.absmax_address = state.absmax, state.absmax.data_ptr()
+        self.device, self.ordinal, self.n, self.k = B.device, ordinal, native[1], native[2]
+        self.absmax = state.absmax
+        self._at(native, storage_address(B), state.absmax.data_ptr())
         self.plain = (state.shape, state.blocksize, state.quant_type)
         self.nested = _nested_of(state, native[6]) if state.nested else None
         self.writes = writes
 
+    def _at(self, native: _Native, base: int, absmax_address: int) -> None:
+        self.matmul, self.bound = _native.Weight4bit(*native).matmul, Bound(native, (self.n, self.k), ())
+        self.base, self.absmax_address = base, absmax_address
+
+    def elsewhere(self, B: torch.Tensor, state: QuantState) -> Prepared | None:
+        """Return the same for codes and maxima whose memory was given back and taken again.
+
+        None if more than addresses has changed. What was checked when this was made is not checked again.
+        """
+        if not self._is_of(state):
+            return None
+        base, address = storage_address(B), state.absmax.data_ptr()
+        if base == self.base and address == self.absmax_address:
+            return self
+        other: Prepared = object.__new__(Prepared)
+        other.device, other.ordinal, other.n, other.k = self.device, self.ordinal, self.n, self.k
+        other.absmax, other.plain, other.nested, other.writes = self.absmax, self.plain, self.nested, self.writes
+        native = self.bound.native
+        other._at((native[0] - self.base + base, *native[1:5], address, *native[6:]), base, address)
+        return other
+
     def describes(self, B: torch.Tensor, state: QuantState) -> bool:
         """Return whether codes and a state are still what this was read from."""
+        return self.absmax.data_ptr() == self.absmax_address and storage_address(B) == self.base and self._is_of(state)
+
+    def _is_of(self, state: QuantState) -> bool:
+        """Return whether a state is the one that this was read from, wherever its block maxima lie."""
         (shape, blocksize, quant_type), nested = self.plain, self.nested
         return (
             state.absmax is self.absmax
-            and self.absmax.data_ptr() == self.absmax_address
             and state.shape is shape
             and state.blocksize is blocksize
             and state.quant_type is quant_type
-            and storage_address(B) == self.base
             and (not state.nested if nested is None else _is_same(nested, state))
         )
 
@@ -164,7 +186,10 @@ class _Held:
         if self.prepared.describes(self.codes, self.state):
             return self.prepared
         # What FSDP2 gathers again for the backward pass may lie elsewhere.
-        return prepare(self.codes, self.state) if getattr(self.codes, "gathered", False) else None
+        if not getattr(self.codes, "gathered", False):
+            return None
+        again: Prepared | None = getattr(self.codes, "prepared", None)
+        return again if again is not None and again.describes(self.codes, self.state) else None
 
     def grad(self, grad_output: torch.Tensor) -> torch.Tensor:
         return product(grad_output, None, True, weight_parts(self.codes.data, self.state))

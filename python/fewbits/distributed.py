@@ -9,6 +9,7 @@ FSDP2, FSDP1 and DDP need nothing from here: see `torch.distributed.fsdp.fully_s
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -16,13 +17,15 @@ from torch import nn
 from torch.distributed import tensor as dt
 from torch.distributed.tensor import parallel
 
-from fewbits.nn.int8_params import Int8Params
+from fewbits.nn.embedding import Embedding4bit
+from fewbits.nn.embedding8bit import Embedding8bit
 from fewbits.nn.linear import Linear4bit
 from fewbits.nn.linear8bit import Linear8bitLt
-from fewbits.nn.params import Params4bit, keywords
-from fewbits.nn.split import Split, part_of_bias, split_4bit, split_8bit
+from fewbits.nn.split import Split, split_4bit, split_8bit
 
-__all__ = ["ColwiseParallel", "RowwiseParallel", "split_4bit", "split_8bit"]
+__all__ = ["ColwiseParallel", "RowwiseParallel", "split_4bit", "split_8bit", "tensor_parallel"]
+
+_MODULES = (Linear4bit, Linear8bitLt, Embedding4bit, Embedding8bit)
 
 
 class _Style:
@@ -37,14 +40,39 @@ class _Style:
     _output: dt.Placement  # what it returns
 
     def _apply(self, module: nn.Module, device_mesh: Any) -> nn.Module:
-        if not isinstance(module, (Linear4bit, Linear8bitLt)):
+        if not isinstance(module, _MODULES):
             result: nn.Module = super()._apply(module, device_mesh)  # type: ignore[misc]
             return result
-        if device_mesh.ndim != 1:
-            raise ValueError(f"device_mesh: expected one dimension, got {device_mesh.ndim}")
-        _split(module, Split(device_mesh, self._dim, (module.out_features, module.in_features)))
-        module.register_forward_pre_hook(lambda _, args: self._take(args, device_mesh))
-        module.register_forward_hook(lambda _, args, output: self._give(output, device_mesh))
+        if not module.weight._is_quantized() or module.weight.is_meta:
+            raise ValueError(
+                "module.weight: expected a quantized weight, got a floating-point one; "
+                "move the module to a device first, as by .to('cuda') or .to('cpu')"
+            )
+        module._take_part(self.split_of(module, device_mesh))
+        return self.attach(module, device_mesh)
+
+    def split_of(self, module: Any, mesh: Any) -> Split:
+        """Return which part of its weight a module gets."""
+        if mesh.ndim != 1:
+            raise ValueError(
+                f"device_mesh: expected one dimension, got {mesh.ndim}; give the one for tensor parallelism, "
+                "as mesh['tp'], and the other to fully_shard"
+            )
+        # torch's words: cut by columns are the outputs of a layer, and the vectors of a table.
+        dim = 1 - self._dim if isinstance(module, nn.Embedding) else self._dim
+        return Split(mesh, dim, tuple(module._weight_shape()))
+
+    def attach(self, module: nn.Module, mesh: Any) -> nn.Module:
+        """Let inputs and outputs of a module, which has its part of the weight, travel between ranks."""
+        if isinstance(module, nn.Embedding):
+            module.register_forward_pre_hook(lambda module, args: self._look_up(module, args, mesh))
+            module.register_forward_hook(lambda module, args, output: self._give(_without_others(module, output), mesh))
+            return module
+        module.register_forward_pre_hook(lambda module, args: self._take(_without_bias(module, args), mesh))
+        module.register_forward_hook(
+            lambda module, args, output: _with_bias(module, output, lambda y: self._give(y, mesh), mesh),
+            always_call=True,
+        )
         return module
 
     def _take(self, args: tuple[Any, ...], mesh: Any) -> tuple[Any, ...]:
@@ -58,6 +86,21 @@ class _Style:
         gradient = None if self._gradient is None else (self._gradient,)
         return x.to_local(grad_placements=gradient), *rest
 
+    def _look_up(self, module: Any, args: tuple[Any, ...], mesh: Any) -> tuple[Any, ...]:
+        """Return indices into this rank's part of a table, which has all of them where vectors are cut."""
+        indices, *rest = args
+        if isinstance(indices, dt.DTensor):
+            indices = indices.redistribute(placements=(dt.Replicate(),)).to_local()
+        elif self.input_layouts[0].is_shard() and self.input_layouts != (dt.Shard(-1),):  # RowwiseParallel's default
+            indices = dt.DTensor.from_local(indices, mesh, self.input_layouts, run_check=False).full_tensor()
+        split: Split = module._split
+        if split.dim == 0:
+            rows = module.num_embeddings
+            indices = indices - split.rank * rows
+            module._outside = (indices < 0) | (indices >= rows)
+            indices = indices.masked_fill(module._outside, 0)
+        return indices, *rest
+
     def _give(self, output: torch.Tensor, mesh: Any) -> Any:
         if self.use_local_output and not (torch.is_grad_enabled() and output.requires_grad):
             if self.output_layouts == (self._output,):
@@ -70,6 +113,34 @@ class _Style:
         if y.placements != self.output_layouts:
             y = y.redistribute(placements=self.output_layouts)
         return y.to_local() if self.use_local_output else y
+
+
+def _without_others(module: Any, output: torch.Tensor) -> torch.Tensor:
+    """Return vectors looked up, with zeros for those that other ranks have."""
+    outside, module._outside = module._outside, None
+    return output if outside is None else output.masked_fill(outside.unsqueeze(-1), 0)
+
+
+def _without_bias(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Put a bias aside that is trained on every rank: it is added once, to the sum."""
+    if module._split.dim == 1 and module._whole_bias is None and module._parameters.get("bias") is not None:
+        # Not as an attribute, which would be a parameter of another name.
+        module.__dict__["_late_bias"], module._parameters["bias"] = module._parameters["bias"], None
+    return args
+
+
+def _with_bias(module: Any, output: Any, give: Any, mesh: Any) -> Any:
+    bias = module.__dict__.pop("_late_bias", None)
+    if bias is not None:
+        module._parameters["bias"] = bias
+    if output is None:  # forward has raised
+        return None
+    y = give(output)
+    if bias is None:
+        return y
+    if not isinstance(y, dt.DTensor):
+        return y + bias.to(y.dtype)
+    return y + dt.DTensor.from_local(bias.to(y.dtype), mesh, (dt.Replicate(),), run_check=False)
 
 
 class ColwiseParallel(_Style, parallel.ColwiseParallel):
@@ -92,7 +163,7 @@ class ColwiseParallel(_Style, parallel.ColwiseParallel):
     Notes
     -----
     Products are those of one process. ``state_dict`` returns distributed tensors; ``load_state_dict`` takes those, and
-    takes whole quantized checkpoints, of which it keeps this rank's part.
+    takes whole quantized checkpoints, of which it keeps this rank's part. An embedding is cut by its vectors.
 
     Examples
     --------
@@ -119,50 +190,70 @@ class RowwiseParallel(_Style, parallel.RowwiseParallel):
     Raises
     ------
     ValueError
-        When the plan is applied, if columns or blocks do not divide evenly, or the bias wants a gradient.
+        When the plan is applied, if columns or blocks do not divide evenly.
 
     Notes
     -----
     Sums over K are added up in another order than in one process. Activations of int8 layers are quantized by each rank
-    with the scales of its own columns: finer ones, but other ones.
+    with the scales of its own columns: finer ones, but other ones. A bias that wants a gradient stays whole on every
+    rank, where it gets the same one. An embedding is cut by its rows, as torch does it; each rank looks up its own.
     """
 
     _dim, _input, _gradient, _output = 1, dt.Shard(-1), None, dt.Partial()
 
 
-def _split(module: Any, split: Split) -> None:
-    """Leave a layer its part of its weight and bias."""
-    weight, bias = module.weight, module.bias
-    rank, world, dim = split.rank, split.world, split.dim
-    if not weight._is_quantized() or weight.is_meta:
-        raise ValueError(
-            "module.weight: expected a quantized weight, got a floating-point one; "
-            "move the module to a device first, as by .to('cuda') or .to('cpu')"
-        )
-    if isinstance(module, Linear4bit):
-        state = module._find_state(False)
-        codes, part = split_4bit(weight.data, state, dim, rank, world)
-        _check_bias(bias, dim)
-        module.weight = Params4bit(codes, False, **keywords(part, codes.dtype), module=module, bnb_quantized=True)
-        module.quant_state = part
-    else:
-        scales = module._scales()
-        if scales is None:
-            raise ValueError("module.weight: expected scales beside the codes, got None as weight.SCB and state.SCB")
-        CB, SCB = split_8bit(weight.data, scales, dim, rank, world)
-        _check_bias(bias, dim)
-        module._forget_scales()
-        module.weight = Int8Params(CB, requires_grad=False, CB=CB, SCB=SCB)
-    module._split = split
-    if dim == 0:
-        module.out_features //= world
-    else:
-        module.in_features //= world
-    if bias is not None:
-        module._whole_bias = bias.detach() if dim == 1 else None
-        module.bias = nn.Parameter(part_of_bias(bias.detach(), split), requires_grad=bias.requires_grad)
+# By the names that they have in the plans of transformers' models.
+STYLES: dict[str, Callable[[], Any]] = {
+    "colwise": ColwiseParallel,
+    "rowwise": RowwiseParallel,
+    "colwise_rep": lambda: ColwiseParallel(output_layouts=dt.Replicate()),
+    "colwise_gather_output": lambda: ColwiseParallel(output_layouts=dt.Replicate()),
+    "rowwise_rep": lambda: RowwiseParallel(input_layouts=dt.Replicate()),
+    "rowwise_split_input": lambda: RowwiseParallel(input_layouts=dt.Replicate()),
+    "embedding_rowwise": lambda: RowwiseParallel(input_layouts=dt.Replicate()),
+    "embedding_colwise": lambda: ColwiseParallel(output_layouts=dt.Replicate()),
+}
 
 
-def _check_bias(bias: torch.Tensor | None, dim: int) -> None:
-    if dim == 1 and bias is not None and bias.requires_grad:
-        raise ValueError("module.bias: expected requires_grad=False, as the first rank alone adds it, got True")
+def tensor_parallel(model: nn.Module, device_mesh: Any, plan: Mapping[str, str] | None = None) -> nn.Module:
+    """Cut a model that is loaded and quantized, by the plan that transformers has for it.
+
+    With transformers 5 ``tp_plan="auto"`` does the same as a model is loaded. This is for transformers 4, which cannot
+    load quantized layers in parts, and for models that are quantized in another way.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Quantized and on its device, the same on all ranks.
+    device_mesh : DeviceMesh
+        One dimension.
+    plan : mapping, optional
+        Names of styles by names of modules, in which ``*`` stands for the number of a layer; by default
+        ``model.tp_plan``.
+
+    Returns
+    -------
+    torch.nn.Module
+        The model itself.
+
+    Raises
+    ------
+    ValueError
+        If there is no plan, a style in it is unknown here, or a layer cannot be cut without a change of values: before
+        that layer is changed.
+
+    Examples
+    --------
+    >>> mesh = torch.distributed.init_device_mesh("cuda", (2,))  # doctest: +SKIP
+    >>> model = tensor_parallel(model, mesh)  # doctest: +SKIP
+    """
+    plan = getattr(model, "tp_plan", None) if plan is None else plan
+    if not plan:
+        raise ValueError("plan: expected styles by names of modules, got none, and model.tp_plan has none")
+    styles = {}
+    for name, style in plan.items():
+        if style in STYLES:
+            styles[name] = STYLES[style]()
+        elif style not in ("replicate", "replicated_with_grad_allreduce"):
+            raise ValueError(f"plan: expected one of {', '.join(STYLES)} for {name}, got {style!r}")
+    return parallel.parallelize_module(model, device_mesh, styles)

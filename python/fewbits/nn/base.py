@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from itertools import chain
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
 
 from fewbits import _checks
+from fewbits.compat import _plans
 from fewbits.nn.parameter import QuantizedParameter
+from fewbits.nn.parts import PartedModule
 from fewbits.nn.shard import Shard, gathered, shard_of, shared
-from fewbits.nn.split import Split, joined, part_of_bias
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 
+_CHECKPOINTS = "torch.distributed.checkpoint.state_dict"
 _TORCH = frozenset(nn.Module().__dict__)  # what every module has, parameters among it
 
 
@@ -37,7 +41,7 @@ def _restore(p: Any, data: torch.Tensor, attributes: dict[str, Any], origin: tup
     p._from_values, p._shell, p.requires_grad = origin
 
 
-class QuantizedModule(nn.Module):
+class QuantizedModule(PartedModule):
     """A module whose parameter ``weight`` has a class of its own, which quantizes it on its first move.
 
     Comes before torch's class among the bases.
@@ -46,12 +50,9 @@ class QuantizedModule(nn.Module):
     _parameter_class: ClassVar[type[Any]]
     _with_state: ClassVar[str]  # what a quantized weight in a state dict is, and what it needs beside it
 
-    _split: Split | None = None  # which part of the weight this has, under tensor parallelism
-    _whole_bias: torch.Tensor | None = None  # where ranks add up their outputs, and the first one adds the bias
-
-    def _weight_shape(self) -> torch.Size:
-        """Return the shape of the weight, (N, K)."""
-        raise NotImplementedError
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        _plans.teach()
 
     def _adopt(self, weight: Any) -> None:
         """Take over what the module keeps of a weight that was moved or loaded."""
@@ -113,6 +114,21 @@ class QuantizedModule(nn.Module):
             self._parameters["weight"] = weight
 
     # ---- state dicts -----------------------------------------------------------------------------------------------
+
+    def named_buffers(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """Return an iterator over buffers, as ``nn.Module.named_buffers``.
+
+        Distributed checkpoints get what stands beside the weight in a state dict as well: with
+        ``broadcast_from_rank0`` they know no other entries than parameters and buffers.
+        """
+        buffers = super().named_buffers(prefix, recurse, remove_duplicate)
+        if recurse or sys._getframe(1).f_globals.get("__name__") != _CHECKPOINTS:
+            return buffers
+        entries: dict[str, Any] = {}
+        self._save_to_state_dict(entries, "", False)
+        return chain(buffers, ((prefix + name, value) for name, value in self._statistics(entries, "").items()))
 
     def _statistics(self, state_dict: Mapping[str, Any], prefix: str) -> dict[str, Any]:
         """Return the entries of a state dict that say how to read its weight."""
@@ -244,21 +260,6 @@ class QuantizedModule(nn.Module):
                 f"weight: expected shape {tuple(shape)}, or {self._with_state}, got shape {tuple(entry.shape)} alone"
             )
         return self._read_values(weight, entry, self._load_device(weight, entry, assign), assign)
-
-    def _cut_entries(self, state_dict: dict[str, Any], prefix: str, split: Split) -> dict[str, Any]:
-        """Return a state dict of a whole module with this rank's part in its place."""
-        bias = state_dict.get(f"{prefix}bias")
-        if isinstance(bias, torch.Tensor) and bias.shape[0] == split.shape[0]:
-            whole = gathered(bias.detach())
-            state_dict[f"{prefix}bias"] = part_of_bias(whole, split)
-            self._whole_bias = whole.clone() if split.dim == 1 else None
-        return state_dict
-
-    def _join_bias(self, destination: dict[str, Any], prefix: str, split: Split) -> None:
-        """Put the bias of the whole module into a state dict."""
-        name = f"{prefix}bias"
-        if name in destination:
-            destination[name] = joined(split, destination[name], 0) if split.dim == 0 else self._whole_bias
 
     def _fill_shard(self, weight: Any, entry: Any, stats: Mapping[str, Any]) -> None:
         """Put this rank's part of the weight that a state dict holds into a shard."""

@@ -62,6 +62,9 @@ class Embedding4bit(Module4bit, nn.Embedding):
     def _weight_shape(self) -> torch.Size:
         return torch.Size((self.num_embeddings, self.embedding_dim))
 
+    def _sizes(self) -> tuple[str, str]:
+        return ("num_embeddings", "embedding_dim")
+
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         _differences.refuse_saving(self)
         super()._save_to_state_dict(destination, prefix, keep_vars)

@@ -78,7 +78,15 @@ class Recipe4bit(Recipe):
             here = self.state.moved(parameter.device)
             state.offset, state.state2, state.code = here.offset, here.state2, here.code
             self.state = here
-        parameter.prepared = _prepared.prepare(parameter, state)
+        super().refresh(parameter)
+
+    def prepare(self, parameter: Any) -> Any:
+        """Return what products need of a gathered parameter."""
+        return _prepared.prepare(parameter, parameter.quant_state)
+
+    def elsewhere(self, parameter: Any) -> Any:
+        """Return what was prepared before for where the parameter is now, or None if that will not do."""
+        return self.prepared.elsewhere(parameter, parameter.quant_state)
 
 
 class Recipe8bit(Recipe):
@@ -93,9 +101,13 @@ class Recipe8bit(Recipe):
         SCB: torch.Tensor = parameter.SCB
         return SCB
 
-    def refresh(self, parameter: Any) -> None:
-        """Prepare a parameter whose memory has been gathered again."""
-        parameter.prepared = _int8_prepared.prepare(parameter, parameter.SCB) or Scales(parameter.SCB)
+    def prepare(self, parameter: Any) -> Any:
+        """Return what products need of a gathered parameter."""
+        return _int8_prepared.prepare(parameter, parameter.SCB) or Scales(parameter.SCB)
+
+    def elsewhere(self, parameter: Any) -> Any:
+        """Return what was prepared before for where the parameter is now, or None if that will not do."""
+        return None if type(self.prepared) is Scales else self.prepared.elsewhere(parameter, parameter.SCB)
 
 
 def recipe_of(parameter: Any) -> Recipe | None:

@@ -70,6 +70,16 @@ class Module4bit(QuantizedModule):
             self.quant_state = state
         return state
 
+    def _keep_part(self, split: Split) -> None:
+        state = self._find_state(False)
+        codes, part = split_4bit(self.weight.data, state, split.dim, split.rank, split.world, self._sizes())
+        kwargs = keywords(part, codes.dtype)
+        self._parameters["weight"] = Params4bit(codes, False, **kwargs, module=self, bnb_quantized=True)
+        self.quant_state = part
+
+    def _blocksize(self) -> int | None:
+        return self.weight.blocksize
+
     # ---- what moves and loads ask for ------------------------------------------------------------------------------
 
     def _forget_scales(self) -> None:
@@ -93,28 +103,32 @@ class Module4bit(QuantizedModule):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         weight: Any = self.weight
-        if (shard := shard_of(weight)) is not None:
+        codes = weight
+        shard: Shard | None = shard_of(weight)
+        if shard is not None:
             recipe: Any = shard.recipe
             codes, absmax = distributed(weight)
-            # Distributed checkpoints find "weight.absmax" by walking attributes.
-            weight.quant_state = recipe.with_maxima(absmax, shard.device)
-            for key, value in weight.quant_state.as_dict(packed=True).items():
-                destination[f"{prefix}weight.{key}"] = value
-                if not key.startswith("quant_state"):
-                    setattr(weight, key, value)
-            if not keep_vars:
+            if self._split is not None and not keep_vars:  # of a mesh with two dimensions: this rank's part of one
+                codes, absmax = gathered(codes), gathered(absmax)
+            elif not keep_vars:
                 destination[f"{prefix}weight"] = codes
-            return
-        state: QuantState | None = getattr(weight, "quant_state", None)
-        if state is None and weight is not None and not isinstance(weight, Params4bit):
-            state = self.quant_state  # FSDP1 has put a plain tensor in the place of the parameter
+            state: QuantState | None = recipe.with_maxima(absmax, shard.device)
+        else:
+            state = getattr(weight, "quant_state", None)
+            if state is None and weight is not None and not isinstance(weight, Params4bit):
+                state = self.quant_state  # FSDP1 has put a plain tensor in the place of the parameter
         if state is None:
             return
         if self._split is not None and not keep_vars:
-            state, destination[f"{prefix}weight"] = _whole(self._split, state, weight.data)
+            state, destination[f"{prefix}weight"] = _whole(self._split, state, codes.data)
             self._join_bias(destination, prefix, self._split)
+        if shard is not None:
+            weight.quant_state = state
         for key, value in state.as_dict(packed=True).items():
-            destination[f"{prefix}weight.{key}"] = value if keep_vars else value.detach()
+            destination[f"{prefix}weight.{key}"] = value if keep_vars or shard is not None else value.detach()
+            # Distributed checkpoints find "weight.absmax" by walking attributes.
+            if shard is not None and not key.startswith("quant_state"):
+                setattr(weight, key, value)
 
     def _statistics(self, state_dict: Mapping[str, Any], prefix: str) -> dict[str, Any]:
         return {key: value for key, value in state_dict.items() if key.startswith(f"{prefix}weight.")}

@@ -31,16 +31,27 @@ class Module8bit(QuantizedModule):
         """Return the scales of a quantized weight."""
         raise NotImplementedError
 
+    def _keep_part(self, split: Split) -> None:
+        scales = self._scales()
+        if scales is None:
+            raise ValueError("module.weight: expected scales beside the codes, got None as weight.SCB and state.SCB")
+        CB, SCB = split_8bit(self.weight.data, scales, split.dim, split.rank, split.world, self._sizes())
+        self._forget_scales()
+        self._parameters["weight"] = Int8Params(CB, requires_grad=False, CB=CB, SCB=SCB)
+
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if shard_of(self.weight) is not None:
-            codes, SCB = distributed(self.weight)
+        codes: Any = self.weight
+        if shard_of(codes) is not None:
+            codes, SCB = distributed(codes)
             if not keep_vars:
                 destination[f"{prefix}weight"] = codes
         else:
             SCB = self._scales()
-            if SCB is not None and self._split is not None and not keep_vars:
-                destination[f"{prefix}weight"] = joined(self._split, self.weight.data, self._split.dim)
+        if self._split is not None and not keep_vars:
+            codes, SCB = gathered(codes), None if SCB is None else gathered(SCB)
+            if SCB is not None:
+                destination[f"{prefix}weight"] = joined(self._split, codes.data, self._split.dim)
                 SCB = joined(self._split, SCB, 0) if self._split.dim == 0 else SCB
                 self._join_bias(destination, prefix, self._split)
         if SCB is not None:

@@ -8,6 +8,7 @@ whatever a mixed-precision policy says. The gathered parameter is a quantized on
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Mapping
 from typing import Any
@@ -43,6 +44,7 @@ class Recipe:
         self.scales, self.total = scales, scales.numel()
         self.count: int | None = None  # of this rank's scales; the rest is padding
         self.modules: list[weakref.ref[Any]] = []
+        self.prepared: Any = None  # of the gathered parameter, where it lay last
 
     def cut(self, rank: int, world: int) -> None:
         """Keep the scales of one rank: as many on each, as `torch.chunk` deals them out."""
@@ -77,7 +79,16 @@ class Recipe:
         raise NotImplementedError
 
     def refresh(self, parameter: Any) -> None:
-        """Prepare a parameter whose memory has been gathered again."""
+        """Prepare a parameter whose memory has been gathered again: but for addresses it is what it was."""
+        prepared = None if self.prepared is None else self.elsewhere(parameter)
+        parameter.prepared = self.prepared = self.prepare(parameter) if prepared is None else prepared
+
+    def prepare(self, parameter: Any) -> Any:
+        """Return what products need of a gathered parameter."""
+        raise NotImplementedError
+
+    def elsewhere(self, parameter: Any) -> Any:
+        """Return what was prepared before for where the parameter is now, or None if that will not do."""
         raise NotImplementedError
 
 
@@ -85,6 +96,7 @@ class Shard(torch.Tensor):
     """The codes of a quantized weight that one rank has, with a `Recipe`. But for FSDP2 it is a tensor of codes."""
 
     recipe: Recipe
+    inputs: tuple[int, torch.Tensor, tuple[torch.Tensor, torch.Tensor]] | None = None  # gathered last, from where
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
@@ -131,15 +143,16 @@ class Shard(torch.Tensor):
 
     def fsdp_pre_all_gather(self, mesh: Any) -> tuple[tuple[torch.Tensor, ...], Any]:
         """Return what is gathered: this rank's codes and scales, padded to the size that they have on the first."""
-        recipe, world = self.recipe, mesh.size()
+        recipe, known = self.recipe, self.inputs
+        if known is not None and known[0] == self.data_ptr() and known[1] is recipe.scales:
+            return known[2], None
+        world = mesh.size()
         recipe.cut(mesh.get_local_rank(), world)
         size = torch.Size((-(-recipe.size[0] // world), *recipe.size[1:]))
-        codes = plain(self)
-        if codes.shape != size:
-            padded = codes.new_empty(size)  # what is in the padding, nobody reads
-            padded[: codes.shape[0]] = codes
-            codes = padded
-        return (codes.view(torch.uint8).view(-1), recipe.scales), None
+        codes, kept = _padded(plain(self), size)
+        inputs = codes.view(torch.uint8).view(-1), recipe.scales
+        self.inputs = (self.data_ptr(), recipe.scales, inputs) if kept else None
+        return inputs, None
 
     def fsdp_post_all_gather(
         self, outputs: tuple[torch.Tensor, ...], metadata: Any, param_dtype: torch.dtype, *, out: Any = None
@@ -157,6 +170,22 @@ class Shard(torch.Tensor):
             recipe.scales_of(out).data.copy_(recipe.scales, non_blocking=True)  # no write that autograd must know of
         recipe.refresh(out)
         return result
+
+
+# FSDP2 asks for it at every gather; to find it out takes longer than the gather's preparation.
+Shard.fsdp_pre_all_gather.__signature__ = inspect.signature(Shard.fsdp_pre_all_gather)  # type: ignore[attr-defined]
+
+
+def _padded(codes: torch.Tensor, size: torch.Size) -> tuple[torch.Tensor, bool]:
+    """Return codes with what is behind them, up to a size, and whether that is their memory."""
+    if codes.shape == size:
+        return codes, True
+    end = codes.storage_offset() + size.numel()
+    if codes.is_contiguous() and end * codes.element_size() <= codes.untyped_storage().nbytes():
+        return codes.as_strided(size, tuple(size[i + 1 :].numel() for i in range(len(size)))), True
+    padded = codes.new_empty(size)  # what is in the padding, nobody reads
+    padded[: codes.shape[0]] = codes
+    return padded, False
 
 
 def plain(tensor: torch.Tensor) -> torch.Tensor:
@@ -222,8 +251,21 @@ def gathered(tensor: Any) -> torch.Tensor:
             shape=tensor.shape,
             stride=tensor.stride(),
         )
-    whole: torch.Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    if not hasattr(tensor, "full_tensor"):
+        return tensor  # type: ignore[no-any-return]
+    # What was moved to the CPU, as for a checkpoint, is gathered where the mesh is.
+    whole: torch.Tensor = tensor.to(tensor.device_mesh.device_type).full_tensor()
     return whole
+
+
+def distribute_alike(tensor: torch.Tensor, other: Any) -> Any:
+    """Return a tensor that every rank has whole, distributed as another one is. Every rank must call this."""
+    if not hasattr(other, "device_mesh"):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    mesh = other.device_mesh
+    return distribute_tensor(tensor.to(mesh.device_type), mesh, other.placements).to(other.device)
 
 
 def shared(weight: Any, entries: Mapping[str, Any]) -> Mapping[str, Any]:

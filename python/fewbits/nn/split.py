@@ -31,7 +31,12 @@ class Split(NamedTuple):
         return size
 
 
-def check_split(shape: tuple[int, int], dim: int, world: int, blocksize: int | None) -> None:
+SIZES = ("out_features", "in_features")
+
+
+def check_split(
+    shape: tuple[int, int], dim: int, world: int, blocksize: int | None, names: tuple[str, str] = SIZES
+) -> None:
     """Raise unless a weight can be cut into so many equal parts without a change of values.
 
     Raises
@@ -40,25 +45,25 @@ def check_split(shape: tuple[int, int], dim: int, world: int, blocksize: int | N
         If a part would not be whole rows or columns, or, with a `blocksize`, not whole blocks.
     """
     n, k = shape
-    what = ("out_features", "in_features")[dim]
+    what = names[dim]
     if shape[dim] % world:
         raise ValueError(f"{what}: expected a multiple of {world} ranks, got {shape[dim]}")
     if blocksize is None:
         return
     if dim == 0 and n // world * k % blocksize:
         raise ValueError(
-            f"out_features: expected whole blocks of {blocksize} on each of {world} ranks, got {n // world} rows of {k}"
+            f"{what}: expected whole blocks of {blocksize} on each of {world} ranks, got {n // world} rows of {k}"
             ": a block that straddles ranks cannot be cut without quantizing it again"
         )
     if dim == 1 and k // world % blocksize:
         raise ValueError(
-            f"in_features: expected whole blocks of {blocksize} in each row on each of {world} ranks, got {k // world} "
+            f"{what}: expected whole blocks of {blocksize} in each row on each of {world} ranks, got {k // world} "
             "columns: a block that straddles ranks cannot be cut without quantizing it again"
         )
 
 
 def split_4bit(
-    codes: torch.Tensor, state: QuantState, dim: int, rank: int, world: int
+    codes: torch.Tensor, state: QuantState, dim: int, rank: int, world: int, names: tuple[str, str] = SIZES
 ) -> tuple[torch.Tensor, QuantState]:
     """Return the codes and the state of a part of a 4-bit weight.
 
@@ -72,6 +77,8 @@ def split_4bit(
         0: rows; 1: columns.
     rank, world : int
         Which of how many equal parts.
+    names : tuple of str
+        What errors call the two sizes.
 
     Returns
     -------
@@ -89,7 +96,7 @@ def split_4bit(
     if shape is None or blocksize is None or len(shape) != 2:
         raise ValueError(f"state.shape: expected two sizes (N, K), got {shape}")
     n, k = shape
-    check_split((n, k), dim, world, blocksize)
+    check_split((n, k), dim, world, blocksize, names)
     packed = codes.detach().contiguous().view(-1).view(torch.uint8)[: n * k // 2]
     part = copy.copy(state)
     per_rank = n * k // world
@@ -144,9 +151,9 @@ def _maxima(part: QuantState, state: QuantState) -> torch.Tensor:
 
 
 def split_8bit(
-    codes: torch.Tensor, scales: torch.Tensor, dim: int, rank: int, world: int
+    codes: torch.Tensor, scales: torch.Tensor, dim: int, rank: int, world: int, names: tuple[str, str] = SIZES
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the codes and the row scales of a part of an int8 weight; columns keep the scales of their whole rows."""
-    check_split((codes.shape[0], codes.shape[1]), dim, world, None)
+    check_split((codes.shape[0], codes.shape[1]), dim, world, None, names)
     part = codes.detach().chunk(world, dim)[rank].contiguous().clone()
     return part, (scales.chunk(world)[rank] if dim == 0 else scales).clone()
