@@ -76,14 +76,14 @@ def call_rows(device: torch.device, peer: ModuleType | None) -> list[Row]:
     return [*rows, {"work": "torch F.linear, for scale", "us": us}]
 
 
-def process_us(program: str, runs: int = 2) -> float:
-    """Median of what fresh processes print, seconds to microseconds; the first warms the file cache."""
+def process_us(program: str, warm: bool, runs: int = 2) -> float:
+    """Median of what fresh processes print, seconds to microseconds; one more before warms the file cache, if asked."""
     command = [sys.executable, "-c", program]
     times = [
         float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
-        for _ in range(runs + 1)
+        for _ in range(runs + warm)
     ]
-    return statistics.median(times[1:]) * 1e6
+    return statistics.median(times[warm:]) * 1e6
 
 
 def process_rows(device: torch.device, peer: ModuleType | None) -> list[Row]:
@@ -92,8 +92,9 @@ def process_rows(device: torch.device, peer: ModuleType | None) -> list[Row]:
         ("import, torch loaded", IMPORT, 150_000.0),
         ("first quantize_4bit", FIRST_CALL, 5_000.0),
     ):
-        us = process_us(program.format(library="fewbits", device=device.type))
-        peer_us = process_us(program.format(library="bitsandbytes", device=device.type)) if peer else None
+        warm = program is IMPORT
+        us = process_us(program.format(library="fewbits", device=device.type), warm)
+        peer_us = process_us(program.format(library="bitsandbytes", device=device.type), warm) if peer else None
         row: Row = {"work": name, "us": us, "bitsandbytes_us": peer_us, "ratio": us / peer_us if peer_us else None}
         rows.append(judge(row, "us", limit, "µs"))
     return rows

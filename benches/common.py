@@ -47,7 +47,7 @@ def cuda_us(calls: Sequence[Call], launches: int) -> float:
     Where the kernel woke up before the last launch was queued, all is done again behind one that sleeps twice as long.
     """
     start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    cycles = 400_000 * launches
+    cycles = 150_000 * launches
     while True:
         torch.cuda.synchronize()
         torch.cuda._sleep(cycles)
@@ -106,13 +106,14 @@ def medians(timers: Sequence[Callable[[], float] | None], rounds: int = 7) -> li
     """Medians of several timers, taken in turn so that a drifting machine hits all alike; round one is dropped.
 
     The threads of an OpenMP library go on spinning for a while after its work is done and would take a core from
-    whoever comes next, so each timer starts after a pause.
+    whoever comes next, so on the CPU each timer starts after a pause.
     """
+    pause = 0.0 if torch.cuda.is_initialized() else 0.02
     samples: list[list[float]] = [[] for _ in timers]
     for turn in range(rounds + 1):
         for sample, timer in zip(samples, timers, strict=True):
             if timer is not None:
-                time.sleep(0.02)
+                time.sleep(pause)
                 value = timer()
                 if turn:
                     sample.append(value)
