@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import os
+import time
 from collections.abc import Iterator
 from types import ModuleType
 from typing import NamedTuple
@@ -53,6 +54,7 @@ import torch  # noqa: E402
 
 import fewbits.functional as ours  # noqa: E402
 from common import Call, Row, bitsandbytes, copy_rate, cuda_us, judge, medians, save, show, wall_us  # noqa: E402
+from products import shown  # noqa: E402
 
 DEVICE = torch.device(ARGS.device)
 PEER = bitsandbytes()
@@ -214,7 +216,7 @@ def main() -> None:
     torch.set_num_threads(ARGS.threads)
     torch.manual_seed(0)
     rate = copy_rate(DEVICE)
-    rows = list(cuda_rows(rate) if DEVICE.type == "cuda" else cpu_rows(rate))
+    rows = list(shown(cuda_rows(rate) if DEVICE.type == "cuda" else cpu_rows(rate), time.monotonic()))
     show(f"blockwise on {DEVICE.type}, copy rate {rate / 1e3:.1f} GB/s", rows)
     if not ARGS.quick:
         print("wrote", save("blockwise", DEVICE, rows, copy_gb_per_s=rate / 1e3).name)

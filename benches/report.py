@@ -46,6 +46,7 @@ HEADINGS = {
     "met": "met",
 }
 NOTES = RESULTS / "notes.json"  # why a target is missed: {"blockwise-cuda": {"work, dtype, ..." or "work": "reason"}}
+OUTCOMES = RESULTS / "cuda-outcomes.json"  # of tests, for the documentation
 
 
 def elements(n: int) -> str:
@@ -98,7 +99,7 @@ def section(path: Path, reasons: dict[str, str]) -> list[str]:
 
 def main() -> None:
     notes = json.loads(NOTES.read_text()) if NOTES.exists() else {}
-    files = sorted(path for path in RESULTS.glob("*.json") if path != NOTES)
+    files = sorted(path for path in RESULTS.glob("*.json") if path not in (NOTES, OUTCOMES))
     lines = [
         "# Bench results",
         "",

@@ -16,7 +16,7 @@ fn quantize_grid(blocks: Blocks, multiprocessors: u32) -> Grid {
     let small = |warps: u32| Grid::Small { blocks: of_warps(warps), threads: warps * 32 };
     match tiles.div_ceil(multiprocessors.into()) {
         ..=8 => small(8),
-        ..=32 => small(16),
+        9..=32 => small(16),
         _ => Grid::Resident(of_warps(32)),
     }
 }
