@@ -59,6 +59,10 @@ def test_writing_changes_the_version(versions: list[int]) -> None:
     layer.weight.quant_state.absmax.mul_(2)  # type: ignore[union-attr]
     layer(x)
     assert versions[-1] > versions[-2] > versions[0]
+    layer.weight.data.zero_()  # nobody counts this
+    torch.autograd.graph.increment_version(layer.weight)
+    layer(x)
+    assert versions[-1] > versions[-2]
 
 
 def test_untracked_tensors_have_no_version(versions: list[int]) -> None:
