@@ -94,8 +94,8 @@ test: setup ## run the Python tests on the installed wheel
 	cd tests && FEWBITS_DIST="$(CURDIR)/$(DIST)" $(PY) -m pytest --junit-xml=$(OUTCOMES)/cpu.xml $(PYTEST_ARGS)
 
 # The whole API, without what is about native code (conftest.py) or takes long and adds nothing.
-PORTABLE_TESTS := $(addprefix test_,$(addsuffix .py,functional_api blockwise double_quant quant_state golden params4bit \
-	linear4bit linear4bit_state linear4bit_values embedding4bit embedding8bit matmul4 compile ops_registration \
+PORTABLE_TESTS := $(addprefix test_,$(addsuffix .py,functional_api functional_errors blockwise double_quant quant_state golden params4bit \
+	linear4bit linear4bit_state linear4bit_values embedding4bit embedding8bit matmul4 matmul4_gradients compile ops_registration \
 	int8_functional linear8bit linear8bit_state linear8bit_training linear8bit_compile \
 	optim_8bit optim_functional optim_interface optim_state optim_together optim_torch optim_use docstrings))
 

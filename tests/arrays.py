@@ -49,3 +49,8 @@ def assert_same_bits(got: np.ndarray | torch.Tensor, expected: np.ndarray | torc
         where = np.flatnonzero(differ)
         rows = "\n".join(f"  [{i}] got {left[i]!r}, expected {right[i]!r}" for i in where[:8])
         raise AssertionError(f"{what}: {where.size} of {left.size} elements differ\n{rows}")
+
+
+def sample(n: int = 300, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(n)
+    return torch.randn(n, generator=generator).to(device, dtype)
