@@ -92,6 +92,9 @@ def test_functions_keep_what_a_state_needs(versions: list[int], monkeypatch: pyt
     # The same memory in another order, and a part of it.
     turned = fewbits.matmul_4bit(x, codes.view(32, 32).t(), state)
     assert_same_bits(turned, fewbits.matmul_4bit(x, codes.view(32, 32).t().contiguous().view(-1, 1), state), "turned")
+    both = torch.stack([codes, other])
+    for B, expected in zip(both, (want, fewbits.matmul_4bit(x, other, state)), strict=True):
+        assert_same_bits(fewbits.matmul_4bit(x, B, state), expected, "parts of one tensor")
     with pytest.raises(ValueError, match=r"^B: "):
         fewbits.matmul_4bit(x, codes[:512], state)
     assert_same_bits(fewbits.matmul_4bit(x, codes, copy.copy(state)), want, "a copied state")

@@ -237,7 +237,7 @@ class _Kept(NamedTuple):
 
     state: weakref.ref[QuantState]
     codes: weakref.ref[torch.Tensor]  # not a view of them
-    elements: int
+    part: tuple[int, int]  # of which this is what was multiplied: address and elements
     prepared: Prepared
 
 
@@ -255,7 +255,7 @@ def matmul_4bit(A: Any, B: Any, state: QuantState, bias: torch.Tensor | None) ->
     if (
         kept is not None
         and kept.codes() is codes
-        and kept.elements == B.numel()
+        and kept.part == (B.data_ptr(), B.numel())
         and B.is_contiguous()
         and kept.prepared.describes(B, state)
     ):
@@ -273,5 +273,5 @@ def _keep(B: torch.Tensor, codes: torch.Tensor, state: QuantState) -> Prepared |
             if key in _kept and _kept[key].state is dead:
                 del _kept[key]
 
-        _kept[key] = _Kept(weakref.ref(state, forget), weakref.ref(codes), B.numel(), prepared)
+        _kept[key] = _Kept(weakref.ref(state, forget), weakref.ref(codes), (B.data_ptr(), B.numel()), prepared)
     return prepared

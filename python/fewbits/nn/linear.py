@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from fewbits import _prepared
+from fewbits._launch import is_transformed
 from fewbits.autograd import multiply
 from fewbits.compat import _differences
 from fewbits.nn.gathered import Gathered4bit
@@ -124,10 +125,9 @@ class Linear4bit(Module4bit, nn.Linear):
         if self.compute_dtype is not None:
             x = x.to(self.compute_dtype)
         codes = self.weight if tracing else self.weight.data
-        if not tracing and type(weight) is Params4bit and weight.prepared is None and weight.quant_state is state:
-            weight.prepared = _prepared.prepare(
-                codes, state, _prepared.count_writes(weight, state)
-            )  # for the next call
+        is_new = not tracing and type(weight) is Params4bit and weight.prepared is None and weight.quant_state is state
+        if is_new and not is_transformed():  # for the next call
+            weight.prepared = _prepared.prepare(codes, state, _prepared.count_writes(weight, state))
         return multiply(x, codes, state, None, self.bias).to(input_dtype)
 
     def set_compute_type(self, x: torch.Tensor) -> None:
