@@ -28,8 +28,6 @@ class GlobalOptimManager:
         Overrides by ``id(parameter)``.
     index2config : dict
         The same by (index of the group, index in the group) in the last optimizer or list that registered them.
-    module_weight_config_triple : list
-        What `register_module_override` was given, of the modules that are still there.
 
     Examples
     --------
@@ -67,7 +65,7 @@ class GlobalOptimManager:
 
     @property
     def module_weight_config_triple(self) -> list[tuple[torch.nn.Module, str, Mapping[str, Any]]]:
-        """Overrides of modules: module, name of its parameter, hyperparameters."""
+        """What `register_module_override` was given, of the modules that are still there."""
         found = ((of(), name, config) for of, name, config in self._modules)
         return [(module, name, config) for module, name, config in found if module is not None]
 
