@@ -11,12 +11,12 @@ from torch import nn
 import fewbits
 import fewbits.functional as F
 from arrays import DTYPES, assert_same_bits
-from fewbits import _checks, _matmul, _native, _panel
+from fewbits import _checks, _matmul, _native
 from fewbits._launch import target_queue
 from products import assert_rounded_once, distance, truth_of
 from strategies import blocksizes, dtypes, quant_types, seeds
 from tolerances import MATMUL_RATIO
-from weights4 import REAL_SHAPES, STORAGES, Weight, batches, laid_out, randn
+from weights4 import REAL_SHAPES, STORAGES, Weight, batches, laid_out, panels_of, randn
 
 # ---- against float64 ------------------------------------------------------------------------------------------------
 
@@ -55,9 +55,7 @@ def test_any_problem(
     added = randn(n, seed=seed + 1, device=device).to(dtype) if bias else None
     memory = torch.full((x[..., 0].numel() * n + 16,), torch.nan, dtype=dtype, device=device)
     out = memory[8:-8].view(*batch, n)
-    with pytest.MonkeyPatch.context() as patch:
-        if panel is not None:
-            patch.setattr(_panel, "PANEL_BYTES", {"cpu": panel, "cuda": panel})
+    with panels_of(panel):
         y = weight.times(x, added)
         assert weight.times(x, added, out) is out
     assert (y.shape, y.dtype, y.is_contiguous()) == ((*batch, n), dtype, True)
@@ -255,9 +253,7 @@ def test_out_counts_as_written(device: torch.device) -> None:
 def test_out_may_be_the_input(panel: int | None, device: torch.device) -> None:
     weight = Weight(96, 96, device)
     x = randn(5, 96, device=device)
-    with pytest.MonkeyPatch.context() as patch:
-        if panel is not None:
-            patch.setattr(_panel, "PANEL_BYTES", {"cpu": panel, "cuda": panel})
+    with panels_of(panel):
         expected = weight.times(x)
         assert weight.times(x, out=x) is x
         assert_same_bits(x, expected, "in place")

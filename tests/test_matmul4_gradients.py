@@ -15,7 +15,7 @@ from fewbits import _panel
 from products import assert_rounded_once, distance
 from strategies import blocksizes, dtypes, seeds
 from tolerances import MATMUL_RATIO
-from weights4 import REAL_SHAPES, Weight, batches, laid_out, randn
+from weights4 import REAL_SHAPES, Weight, batches, laid_out, panels_of, randn
 
 # ---- gradients ------------------------------------------------------------------------------------------------------
 
@@ -51,9 +51,7 @@ def test_gradients(
     grad = laid_out(
         randn(*batch, n, seed=seed + 1, device=device).to(dtype), "transposed" if transposed_grad else "plain"
     )
-    with pytest.MonkeyPatch.context() as patch:
-        if panel is not None:
-            patch.setattr(_panel, "PANEL_BYTES", {"cpu": panel, "cuda": panel})
+    with panels_of(panel):
         weight.times(x, added).backward(grad)
     assert x.grad is not None
     assert (x.grad.shape, x.grad.dtype) == (x.shape, dtype)

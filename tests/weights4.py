@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import strategies as st
 
@@ -85,3 +88,12 @@ def laid_out(x: torch.Tensor, layout: str) -> torch.Tensor:
     if layout == "transposed":
         return x.movedim(-1, 0).contiguous().movedim(0, -1)
     return x
+
+
+@contextmanager
+def panels_of(size: int | None) -> Iterator[None]:
+    """Let panels of a weight have so many bytes; None: as many as ever."""
+    with pytest.MonkeyPatch.context() as patch:
+        if size is not None:
+            patch.setattr(_panel, "PANEL_BYTES", {"cpu": size, "cuda": size})
+        yield

@@ -63,10 +63,7 @@ def quantize_4bit(
     _native.quantize_4bit(
         A.data_ptr(), n, dtype, blocksize, number, codes.data_ptr(), absmax.data_ptr(), ordinal, queue
     )
-    code = native_table(quant_type, ordinal)
-    if code is None:
-        code = shared_table(quant_type, A.device)
-    return codes, QuantState(absmax, A.shape, code, blocksize, quant_type, A.dtype)
+    return codes, QuantState(absmax, A.shape, _table(quant_type, ordinal, A), blocksize, quant_type, A.dtype)
 
 
 def dequantize_4bit(
@@ -123,10 +120,7 @@ def quantize_blockwise(A: Any, code: torch.Tensor | None, blocksize: Any) -> tup
     _native.quantize_blockwise(
         A.data_ptr(), n, dtype, blocksize, 0, codes.data_ptr(), absmax.data_ptr(), ordinal, queue
     )
-    table = native_table("dynamic", ordinal)
-    if table is None:
-        table = shared_table("dynamic", A.device)
-    return codes, QuantState(absmax, code=table, blocksize=blocksize, dtype=A.dtype)
+    return codes, QuantState(absmax, code=_table("dynamic", ordinal, A), blocksize=blocksize, dtype=A.dtype)
 
 
 def dequantize_blockwise(A: Any, state: QuantState, out: torch.Tensor | None) -> torch.Tensor | None:
@@ -181,6 +175,12 @@ def nested_addresses(state: QuantState, blocks: int, ordinal: int) -> tuple[int,
     return absmax.data_ptr(), address, maxima.data_ptr(), blocksize, offset.data_ptr()
 
 
+def _table(name: str, ordinal: int, A: torch.Tensor) -> torch.Tensor:
+    """Return a shared table on the device of `A`, which is asked for it only where the table is not there yet."""
+    table = native_table(name, ordinal)
+    return shared_table(name, A.device) if table is None else table
+
+
 def _code_address(code: torch.Tensor, ordinal: int) -> int | None:
     """Return where a kernel reads a code, 0 for the one it knows, or None if it cannot."""
     if is_default_map(code):
@@ -207,7 +207,7 @@ def _empty(ordinal: int, shape: Sequence[int], dtype: torch.dtype | None) -> tor
     else:
         sizes = tuple(shape)
         strides = tuple(prod(sizes[i + 1 :]) for i in range(len(sizes)))
-    return _empty_cpu(sizes, strides, dtype) if ordinal < 0 else allocator(ordinal)(sizes, strides, dtype)
+    return allocator(ordinal)(sizes, strides, dtype)
 
 
 def _target_of(A: torch.Tensor) -> tuple[int, int] | None:

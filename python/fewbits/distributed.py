@@ -10,6 +10,7 @@ FSDP2, FSDP1 and DDP need nothing from here: see `torch.distributed.fsdp.fully_s
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -202,16 +203,15 @@ class RowwiseParallel(_Style, parallel.RowwiseParallel):
     _dim, _input, _gradient, _output = 1, dt.Shard(-1), None, dt.Partial()
 
 
+_colwise_to_all = partial(ColwiseParallel, output_layouts=dt.Replicate())
+_rowwise_of_all = partial(RowwiseParallel, input_layouts=dt.Replicate())
+
 # By the names that they have in the plans of transformers' models.
 STYLES: dict[str, Callable[[], Any]] = {
     "colwise": ColwiseParallel,
     "rowwise": RowwiseParallel,
-    "colwise_rep": lambda: ColwiseParallel(output_layouts=dt.Replicate()),
-    "colwise_gather_output": lambda: ColwiseParallel(output_layouts=dt.Replicate()),
-    "rowwise_rep": lambda: RowwiseParallel(input_layouts=dt.Replicate()),
-    "rowwise_split_input": lambda: RowwiseParallel(input_layouts=dt.Replicate()),
-    "embedding_rowwise": lambda: RowwiseParallel(input_layouts=dt.Replicate()),
-    "embedding_colwise": lambda: ColwiseParallel(output_layouts=dt.Replicate()),
+    **dict.fromkeys(("colwise_rep", "colwise_gather_output", "embedding_colwise"), _colwise_to_all),
+    **dict.fromkeys(("rowwise_rep", "rowwise_split_input", "embedding_rowwise"), _rowwise_of_all),
 }
 
 
