@@ -16,6 +16,8 @@ PIP := $(PY) -m pip --disable-pip-version-check --quiet
 export CARGO_TARGET_DIR ?= $(CURDIR)/target
 # Which interpreter build.rs asks for the kernels' compiler.
 export PYO3_PYTHON := $(PY)
+# Kernels compiled once for clippy, the tests and the portable wheel; the wheel from the sdist compiles its own.
+export FEWBITS_IMAGE_CACHE ?= $(CARGO_TARGET_DIR)/images
 
 SOURCES := $(shell find Cargo.toml Cargo.lock pyproject.toml README.md LICENSE rust python -type f \
 	! -path '*/target/*' ! -path '*/.*' ! -name '*.pyc' ! -name '*.so' 2>/dev/null)
@@ -52,7 +54,7 @@ $(DIST)/.sdist: $(SOURCES) $(VENV)/.tools
 $(VENV)/.installed: $(DIST)/.sdist
 	$(call say,wheel from the sdist$(comma) in isolation)
 	rm -rf $(DIST)/local
-	$(PIP) wheel --no-deps --no-cache-dir --wheel-dir $(DIST)/local $(DIST)/*.tar.gz
+	env -u FEWBITS_IMAGE_CACHE $(PIP) wheel --no-deps --no-cache-dir --wheel-dir $(DIST)/local $(DIST)/*.tar.gz
 	$(call say,install$(comma) with torch from the index)
 	$(PIP) install $(DIST)/local/*.whl
 	$(PIP) install --no-deps --force-reinstall $(DIST)/local/*.whl

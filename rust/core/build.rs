@@ -2,7 +2,8 @@
 //!
 //! No CUDA toolkit and no host compiler: NVRTC and the CUDA headers are Python packages named in `build-system.requires`, and
 //! the interpreter that the crate is built for says where they lie. `FEWBITS_CUDA=0` builds without kernels, and so does a
-//! system for which NVRTC is not published (macOS); elsewhere a missing NVRTC is an error.
+//! system for which NVRTC is not published (macOS); elsewhere a missing NVRTC is an error. `FEWBITS_IMAGE_CACHE` names a
+//! folder that keeps images from one build to another: of another profile, or with clippy, cargo runs this script anew.
 
 use std::collections::hash_map::DefaultHasher;
 use std::error::Error;
@@ -75,6 +76,7 @@ fn build() -> Result<()> {
     println!("cargo::rerun-if-changed=src/codebook.rs");
     println!("cargo::rerun-if-changed=src/matmul4_instances.rs");
     println!("cargo::rerun-if-env-changed=FEWBITS_CUDA");
+    println!("cargo::rerun-if-env-changed=FEWBITS_IMAGE_CACHE");
     let out = PathBuf::from(env::var("OUT_DIR")?);
     let system = env::var("CARGO_CFG_TARGET_OS")?;
     if env::var("FEWBITS_CUDA").as_deref() == Ok("0") || !matches!(system.as_str(), "linux" | "windows") {
@@ -137,7 +139,7 @@ fn build() -> Result<()> {
     Ok(())
 }
 
-/// Compiles one image unless the same sources and options gave it before.
+/// Puts one image into `out`, compiled unless the same sources and options gave it before: there, or in the cache.
 fn image(
     nvrtc: &nvrtc::Nvrtc,
     out: &Path,
@@ -154,15 +156,39 @@ fn image(
     if image_path.exists() && fs::read_to_string(&stamp_path).is_ok_and(|s| s == stamp) {
         return Ok(());
     }
+    let cached =
+        env::var_os("FEWBITS_IMAGE_CACHE").map(|cache| Path::new(&cache).join(format!("{family}.{target}.{stamp}.br")));
+    let packed = match cached.as_deref().map(fs::read) {
+        Some(Ok(packed)) => packed,
+        _ => compile(nvrtc, family, target, source, headers)?,
+    };
+    fs::write(image_path, &packed)?;
+    fs::write(stamp_path, stamp)?;
+    if let Some(path) = cached.filter(|path| !path.exists()) {
+        // Under a name of its own until it is whole: other builds may read the cache now.
+        let part = path.with_extension(format!("{}.part", std::process::id()));
+        fs::create_dir_all(path.parent().unwrap_or(Path::new(".")))?;
+        fs::write(&part, packed)?;
+        fs::rename(part, path)?;
+    }
+    Ok(())
+}
+
+/// Compiles one image and packs it.
+fn compile(
+    nvrtc: &nvrtc::Nvrtc,
+    family: &str,
+    target: &str,
+    source: &str,
+    headers: &[(String, String)],
+) -> Result<Vec<u8>> {
     let image = nvrtc.compile(&format!("{family}.cu"), source, headers, target, &OPTIONS)?;
     // Half of what zlib makes of it: instances of a template repeat each other further back than its window reaches.
     let parameters =
         brotli::enc::BrotliEncoderParams { quality: 10, lgwin: 24, size_hint: image.len(), ..Default::default() };
     let mut packed = Vec::new();
     brotli::BrotliCompress(&mut image.as_slice(), &mut packed, &parameters)?;
-    fs::write(image_path, packed)?;
-    fs::write(stamp_path, stamp)?;
-    Ok(())
+    Ok(packed)
 }
 
 fn file_name(path: &Path) -> String {
