@@ -7,10 +7,11 @@ and then makes the native call; otherwise it returns None and `_launch` or `_ops
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -70,39 +71,82 @@ def dequantize_4bit(
     A: Any, state: QuantState, dtype: torch.dtype | None, out: torch.Tensor | None
 ) -> torch.Tensor | None:
     """Return the values, or None if this is not an ordinary call."""
-    absmax, shape, quant_type = state.absmax, state.shape, state.quant_type
-    blocksize: Any = state.blocksize
-    if is_observed() or type(A) not in PLAIN_TYPES or type(absmax) is not _Tensor or type(shape) is not _Size:
+    if is_observed() or type(A) not in PLAIN_TYPES:
         return None
-    number, dtype_number = QUANT_TYPES.get(quant_type), DTYPES.get(dtype)  # type: ignore[arg-type]
-    if number is None or dtype_number is None or blocksize not in BLOCKSIZES or A.dtype is not _uint8:
-        return None
-    n: int = shape.numel()
-    blocks = (n + blocksize - 1) // blocksize
-    target = target_of(A)
-    if target is None or n == 0 or A.numel() != (n + 1) // 2 or not A.is_contiguous():
-        return None
-    ordinal, queue = target
-    if out is not None and not (type(out) is _Tensor and out.shape == shape and fits(out, dtype, n, ordinal)):
-        return None
-    if not state.nested:
-        if not fits(absmax, _float32, blocks, ordinal):
+    absmax, reading = state.absmax, state._reading
+    if reading is None or not _is_of(reading, state, absmax):
+        reading = state._reading = _read(state)
+        if reading is None:
             return None
-        values: torch.Tensor = _empty(ordinal, shape, dtype) if out is None else out
+    _, address, _, number, n, size, blocks, sizes, strides, ordinal = reading
+    dtype_number, target = DTYPES.get(dtype), target_of(A)  # type: ignore[arg-type]
+    if dtype_number is None or target is None or target[0] != ordinal or A.dtype is not _uint8:
+        return None
+    if A.numel() != size or not A.is_contiguous():
+        return None
+    if out is not None and not (type(out) is _Tensor and out.shape == sizes and fits(out, dtype, n, ordinal)):
+        return None
+    nested = nested_addresses(state, blocks, ordinal) if state.nested else None
+    if nested is None and state.nested:
+        return None
+    values: torch.Tensor = allocator(ordinal)(sizes, strides, dtype) if out is None else out
+    blocksize: Any = state.blocksize
+    if nested is None:
         _native.dequantize_4bit(
-            A.data_ptr(), n, blocksize, number, absmax.data_ptr(), values.data_ptr(), dtype_number, ordinal, queue
+            A.data_ptr(), n, blocksize, number, address, values.data_ptr(), dtype_number, ordinal, target[1]
         )
     else:
-        nested = nested_addresses(state, blocks, ordinal)
-        if nested is None:
-            return None
-        values = _empty(ordinal, shape, dtype) if out is None else out
         _native.dequantize_4bit_nested(
-            A.data_ptr(), n, blocksize, number, *nested, values.data_ptr(), dtype_number, ordinal, queue
+            A.data_ptr(), n, blocksize, number, *nested, values.data_ptr(), dtype_number, ordinal, target[1]
         )
     if out is not None and not out.is_inference():
         torch.autograd.graph.increment_version(out)
     return values
+
+
+class Reading(NamedTuple):
+    """What a state of 4-bit codes says, checked once for many calls, and the attributes that it was read from."""
+
+    absmax: weakref.ref[torch.Tensor]  # weak: a state whose maxima are replaced gives the old ones' memory back
+    address: int
+    plain: tuple[Any, Any, Any, bool]  # shape, block size, type, whether nested
+    number: int  # of the type
+    n: int
+    size: int  # bytes of codes
+    blocks: int
+    sizes: tuple[int, ...]
+    strides: tuple[int, ...]
+    ordinal: int
+
+
+def _read(state: QuantState) -> Reading | None:
+    """Return the reading of a state, or None if it is not an ordinary one."""
+    absmax, shape, quant_type, nested = state.absmax, state.shape, state.quant_type, state.nested
+    blocksize: Any = state.blocksize
+    number = QUANT_TYPES.get(quant_type)  # type: ignore[arg-type]
+    if type(absmax) is not _Tensor or type(shape) is not _Size or number is None or blocksize not in BLOCKSIZES:
+        return None
+    target, n = target_of(absmax), shape.numel()
+    blocks = (n + blocksize - 1) // blocksize
+    if target is None or n == 0 or not (nested or fits(absmax, _float32, blocks, target[0])):
+        return None
+    sizes = tuple(shape)
+    plain = (shape, blocksize, quant_type, nested)
+    place = (weakref.ref(absmax), absmax.data_ptr())
+    return Reading(*place, plain, number, n, (n + 1) // 2, blocks, sizes, _strides(sizes), target[0])
+
+
+def _is_of(reading: Reading, state: QuantState, absmax: torch.Tensor) -> bool:
+    """Return whether a state is still what was read: by identity, and its maxima by address, too."""
+    shape, blocksize, quant_type, nested = reading[2]
+    return (
+        reading[0]() is absmax
+        and absmax.data_ptr() == reading[1]
+        and state.shape is shape
+        and state.blocksize is blocksize
+        and state.quant_type is quant_type
+        and state.nested is nested
+    )
 
 
 def quantize_blockwise(A: Any, code: torch.Tensor | None, blocksize: Any) -> tuple[torch.Tensor, QuantState] | None:
@@ -199,15 +243,13 @@ def allocator(ordinal: int) -> _Allocator:
 
 def _empty(ordinal: int, shape: Sequence[int], dtype: torch.dtype | None) -> torch.Tensor:
     """Return contiguous memory on a native device, for at least one element."""
-    sizes: tuple[int, ...]
-    strides: tuple[int, ...]
-    if len(shape) == 2:
-        rows, columns = shape
-        sizes, strides = (rows, columns), (columns, 1)
-    else:
-        sizes = tuple(shape)
-        strides = tuple(prod(sizes[i + 1 :]) for i in range(len(sizes)))
-    return allocator(ordinal)(sizes, strides, dtype)
+    sizes = tuple(shape)
+    return allocator(ordinal)(sizes, _strides(sizes), dtype)
+
+
+def _strides(sizes: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the strides of a contiguous tensor that is not empty."""
+    return (sizes[1], 1) if len(sizes) == 2 else tuple(prod(sizes[i + 1 :]) for i in range(len(sizes)))
 
 
 def _target_of(A: torch.Tensor) -> tuple[int, int] | None:

@@ -61,6 +61,9 @@ class QuantState:
         *("blocksize", "dtype", "shape", "nested_blocksize", "nested_dtype", "nested_offset"),
     ]
 
+    # `_direct.Reading` of the attributes. Not one of them: no copy and no file has it.
+    __slots__ = ("__dict__", "__weakref__", "_reading")
+
     packing_format_for_cpu = False  # whether the codes are in the layout of `_cpu_layout`
 
     def __init__(
@@ -83,12 +86,18 @@ class QuantState:
         self.offset = offset
         self.state2 = state2
         self.nested = state2 is not None
+        self._reading: Any = None
 
-    def __getattr__(self, name: str) -> torch.Tensor:
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__
+
+    def __getattr__(self, name: str) -> torch.Tensor | None:
         # FSDP resolves "weight.quant_state.bitsandbytes__nf4" by walking attributes. Only missing attributes come here.
         if name.startswith("bitsandbytes__") and name == f"bitsandbytes__{self.__dict__.get('quant_type')}":
             packed: torch.Tensor = self.as_dict(packed=True)[f"quant_state.{name}"]
             return packed
+        if name == "_reading":  # of a copy
+            return None
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def __getitem__(self, index: Any) -> Any:
