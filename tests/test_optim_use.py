@@ -236,6 +236,31 @@ def test_overrides_go_with_their_parameters(manager: GlobalOptimManager) -> None
         manager.override_config([], "lr", 1.0, {"lr": 2.0})
 
 
+def test_overrides_of_registered_tensors_survive_a_move(manager: GlobalOptimManager, device: torch.device) -> None:
+    params = [torch.nn.Parameter(torch.ones(n, 64)) for n in (80, 80, 96)]
+    manager.override_config(params[1:], "optim_bits", 8)
+    manager.register_parameters(params)
+    params = [p.detach().to(device, copy=True).requires_grad_() for p in params]
+    assert not manager.pid2config
+    others = [torch.nn.Parameter(torch.ones(n, 64, device=device)) for n in (80, 80, 64)]  # the last has no predecessor
+    first, second = fewbits.optim.AdamW(params[:2]), fewbits.optim.AdamW(others)
+    for optimizer in (first, second):
+        give_gradients(optimizer.param_groups[0]["params"], 0)
+        optimizer.step()
+    assert [first.state[p]["state1"].dtype for p in params[:2]] == [torch.float32, torch.uint8]
+    assert [second.state[p]["state1"].dtype for p in others] == [torch.float32] * 3, "passed on twice, or to a stranger"
+
+
+def test_overrides_of_registered_tensors_that_live_stay_theirs(manager: GlobalOptimManager) -> None:
+    params = [torch.nn.Parameter(torch.ones(80, 64)) for _ in range(2)]
+    manager.override_config(params[:1], "optim_bits", 8)
+    manager.register_parameters(params[:1])
+    optimizer = fewbits.optim.AdamW(params[1:])
+    give_gradients(params[1:], 0)
+    optimizer.step()
+    assert optimizer.state[params[1]]["state1"].dtype == torch.float32
+
+
 # ---- scalers -------------------------------------------------------------------------------------------------------
 
 

@@ -165,7 +165,10 @@ class Optimizer8bit(Stepping, metaclass=Named):
         self.name2qmap["udynamic"] = create_dynamic_map(signed=False)
 
     def check_overrides(self) -> None:
-        """Look up which parameters the overrides of `GlobalOptimManager` for modules are about."""
+        """Look up which parameters the overrides of `GlobalOptimManager` for modules and moved tensors are about."""
+        for gindex, pindex in list(self.mng._registered):
+            if gindex < len(self.param_groups) and pindex < len(self.param_groups[gindex]["params"]):
+                self.mng.adopt(gindex, pindex, self.param_groups[gindex]["params"][pindex])
         for module, name, config in self.mng.module_weight_config_triple:
             p = getattr(module, name)
             for gindex, group in enumerate(self.param_groups):

@@ -20,7 +20,8 @@ class GlobalOptimManager:
     ``optim_bits`` and ``min_8bit_size`` decide what state a parameter gets and are without effect once it has one.
 
     Parameters are known by identity. What was said of a parameter or a module is forgotten when it is gone: the manager
-    keeps no model alive.
+    keeps no model alive. But for tensors that were registered, and of which a move to a device made other tensors: what
+    was said of one passes to the parameter of its shape that the next optimizer has in its place.
 
     Attributes
     ----------
@@ -42,6 +43,7 @@ class GlobalOptimManager:
     pid2config: dict[int, dict[str, Any]]
     index2config: dict[tuple[int, int], dict[str, Any]]
     _modules: list[tuple[weakref.ref[torch.nn.Module], str, Mapping[str, Any]]]
+    _registered: dict[tuple[int, int], tuple[weakref.ref[torch.Tensor], torch.Size, dict[str, Any]]]
 
     def __init__(self) -> None:
         raise RuntimeError("GlobalOptimManager: expected a call of GlobalOptimManager.get_instance()")
@@ -53,6 +55,7 @@ class GlobalOptimManager:
         self.optimizer = None
         self.uses_config_override = False
         self._modules = []
+        self._registered = {}
         self.changes = 0  # so that an optimizer sees that something was said since it last looked
 
     @classmethod
@@ -70,9 +73,9 @@ class GlobalOptimManager:
         return [(module, name, config) for module, name, config in found if module is not None]
 
     def register_parameters(self, params: Iterable[Any]) -> None:
-        """Note under which index parameters with overrides stand.
+        """Note under which index parameters with overrides stand, in `index2config`.
 
-        Optimizers do not need this; it fills `index2config`.
+        Optimizers need this only where the parameters are moved to their device as tensors, hence become others.
 
         Parameters
         ----------
@@ -87,6 +90,14 @@ class GlobalOptimManager:
                 config = self.pid2config.get(id(p))
                 if config is not None:
                     self.index2config[group_index, index] = config
+                    self._registered[group_index, index] = (weakref.ref(p), p.shape, config)
+
+    def adopt(self, group_index: int, index: int, p: torch.Tensor) -> None:
+        """Pass to a parameter what was said of the one registered in its place, if that is gone."""
+        of, shape, config = self._registered.get((group_index, index), (None, None, {}))
+        if of is not None and of() is None and p.shape == shape and id(p) not in self.pid2config:
+            del self._registered[group_index, index]
+            self.set_config(p, config)
 
     def override_config(
         self,
