@@ -87,13 +87,15 @@ demo-distributed: setup ## train QLoRA in shards on two processes of this machin
 	cd examples && OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 qlora_fsdp2.py --device cpu --steps 40 --save $(CURDIR)/$(DIST)/run
 	cd examples && OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 4 qlora_fsdp2.py --device cpu --steps 20 --resume $(CURDIR)/$(DIST)/run
 
+# Two processes: torch's own threads take the rest of the cores.
+PYTEST := -m pytest -n 2
 # What became of each test: the compatibility table of the documentation is made from it.
 OUTCOMES := $(CURDIR)/$(DIST)/outcomes
 
 # From inside tests/, so that only the installed package can be imported.
 test: setup ## run the Python tests on the installed wheel
 	$(call say,tests)
-	cd tests && FEWBITS_DIST="$(CURDIR)/$(DIST)" $(PY) -m pytest --junit-xml=$(OUTCOMES)/cpu.xml $(PYTEST_ARGS)
+	cd tests && FEWBITS_DIST="$(CURDIR)/$(DIST)" $(PY) $(PYTEST) --junit-xml=$(OUTCOMES)/cpu.xml $(PYTEST_ARGS)
 
 # The whole API, without what is about native code (conftest.py) or takes long and adds nothing.
 PORTABLE_TESTS := $(addprefix test_,$(addsuffix .py,functional_api functional_errors blockwise double_quant quant_state golden params4bit \
@@ -103,7 +105,7 @@ PORTABLE_TESTS := $(addprefix test_,$(addsuffix .py,functional_api functional_er
 
 test-portable: setup ## run the tests of the API on plain torch operations, which devices without native code get
 	$(call say,tests on plain torch operations)
-	cd tests && FEWBITS_BACKEND=portable $(PY) -m pytest --junit-xml=$(OUTCOMES)/portable.xml \
+	cd tests && FEWBITS_BACKEND=portable $(PY) $(PYTEST) --junit-xml=$(OUTCOMES)/portable.xml \
 		$(PORTABLE_TESTS) $(PYTEST_ARGS)
 
 # Each of these groups in an environment of its own, which sees .venv's torch and wheel behind its own packages.
@@ -123,7 +125,7 @@ test-hf: $(HF_SETS:%=test-%) ## run tests with transformers, peft, accelerate an
 
 $(HF_SETS:%=test-%): test-%: $(VENV)-%/.installed
 	$(call say,tests with $*)
-	cd tests && $(CURDIR)/$(VENV)-$*/bin/python -m pytest --junit-xml=$(OUTCOMES)/$*.xml $(HF_TESTS) $(PYTEST_ARGS)
+	cd tests && $(CURDIR)/$(VENV)-$*/bin/python $(PYTEST) --junit-xml=$(OUTCOMES)/$*.xml $(HF_TESTS) $(PYTEST_ARGS)
 
 examples: $(VENV)-hf5/.installed ## run the three workflows of examples/ on a tiny model
 	$(call say,examples)

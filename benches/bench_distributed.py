@@ -37,7 +37,8 @@ parser.add_argument("--rounds", type=int, default=3)
 ARGS = parser.parse_args()
 RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 DEVICE = torch.device("cpu") if ARGS.device == "cpu" else torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-BATCH, TOKENS = (2, 32) if ARGS.tiny else (4, 1024)  # of each GPU
+# Of each GPU. With few tokens a step is as long as what travels, or as the host's work; with many, as the products.
+BATCHES, TOKENS = ((2,), 32) if ARGS.tiny else ((4, 16), 1024)
 PLAN = {"q": 0, "k": 0, "v": 0, "o": 1, "gate": 0, "up": 0, "down": 1}
 
 
@@ -107,28 +108,16 @@ class Traffic:
             setattr(dist, name, original)
 
 
-def training() -> list[Row]:
-    torch.manual_seed(0)
-    shape = TINY if ARGS.tiny else LLAMA_8B
-    if not ARGS.tiny and ARGS.layers != shape.layers:
-        shape = type(shape)(**{**shape.__dict__, "layers": ARGS.layers})
-    model = Model(shape, DEVICE)
-    rows: list[Row] = []
-    packed, everything = packed_bytes(model)
-    whole_batch = milliseconds(stepper(model, BATCH * WORLD))
-    step = stepper(model, BATCH)
-    part = milliseconds(step)
-    part_peak = peak(step)
-    work = f"QLoRA step, {BATCH} x {TOKENS} tokens a GPU"
+def gathering(n: int) -> Row:
+    """The rate at which an all-gather of n bytes delivers what other GPUs hold."""
+    mine = torch.zeros(n // WORLD, dtype=torch.uint8, device=DEVICE)
+    whole = torch.empty(mine.numel() * WORLD, dtype=torch.uint8, device=DEVICE)
+    ms = milliseconds(lambda: dist.all_gather_into_tensor(whole, mine), 10)
+    return {"work": f"all-gather of {n / 1e6:.0f} MB, GB/s from others", "value": mine.numel() * (WORLD - 1) / ms / 1e6}
 
-    ddp = DistributedDataParallel(model, device_ids=[DEVICE.index] if DEVICE.type == "cuda" else None)
-    ms = milliseconds(stepper(ddp, BATCH))
-    row: Row = {"work": f"{work}, DDP: ms", "value": ms, "one_gpu": part, "ratio": part / ms}
-    rows.append(judge(row, "ratio", 0.95, "scaling", at_least=True))
-    del ddp, step
-    for p in model.parameters():
-        p.grad = None
 
+def shard(model: Model) -> None:
+    """FSDP2, a layer at a time."""
     for unit in (model.embedding, *model.layers):
         fully_shard(unit)
     fully_shard(model.head, reshard_after_forward=False)  # the backward pass begins with it
@@ -140,13 +129,45 @@ def training() -> list[Row]:
     gc.collect()
     if DEVICE.type == "cuda":
         torch.cuda.empty_cache()
-    step = stepper(model, BATCH)
-    ms = milliseconds(step)
-    row = {"work": f"{work}, FSDP2: ms", "value": ms, "one_gpu": whole_batch, "ratio": ms * WORLD / whole_batch}
-    rows.append(judge(row, "ratio", 1.15, "× one GPU's time / GPUs"))
-    limit = packed / WORLD / 1e9 + part_peak - packed / 1e9
-    row = {"work": f"{work}, FSDP2: peak GB", "value": peak(step), "one_gpu": part_peak}
-    rows.append(judge(row, "value", round(limit, 3), "GB") if DEVICE.type == "cuda" else row)
+
+
+def training() -> list[Row]:
+    torch.manual_seed(0)
+    shape = TINY if ARGS.tiny else LLAMA_8B
+    if not ARGS.tiny and ARGS.layers != shape.layers:
+        shape = type(shape)(**{**shape.__dict__, "layers": ARGS.layers})
+    model = Model(shape, DEVICE)
+    packed, everything = packed_bytes(model)
+    rows = [gathering(packed // shape.layers)]
+    whole_batch = {batch: milliseconds(stepper(model, batch * WORLD)) for batch in BATCHES}
+    part = {batch: milliseconds(stepper(model, batch)) for batch in BATCHES}
+    part_peak = peak(stepper(model, BATCHES[0]))
+
+    ddp = DistributedDataParallel(model, device_ids=[DEVICE.index] if DEVICE.type == "cuda" else None)
+    for batch in BATCHES:
+        ms = milliseconds(stepper(ddp, batch))
+        row: Row = {
+            "work": f"{work_of(batch)}, DDP: ms",
+            "value": ms,
+            "one_gpu": part[batch],
+            "ratio": part[batch] / ms,
+        }
+        rows.append(judge(row, "ratio", 0.95, "scaling", at_least=True))
+    del ddp
+    for p in model.parameters():
+        p.grad = None
+
+    shard(model)
+    for batch in BATCHES:
+        step = stepper(model, batch)
+        ms = milliseconds(step)
+        row = {"work": f"{work_of(batch)}, FSDP2: ms", "value": ms, "one_gpu": whole_batch[batch]}
+        row["ratio"] = ms * WORLD / whole_batch[batch]
+        rows.append(judge(row, "ratio", 1.15, "× one GPU's time / GPUs"))
+        if batch == BATCHES[0]:
+            limit = packed / WORLD / 1e9 + part_peak - packed / 1e9
+            row = {"work": f"{work_of(batch)}, FSDP2: peak GB", "value": peak(step), "one_gpu": part_peak}
+            rows.append(judge(row, "value", round(limit, 3), "GB") if DEVICE.type == "cuda" else row)
     with Traffic() as traffic, torch.no_grad():
         tokens = torch.zeros(1, TOKENS, dtype=torch.int64, device=DEVICE)
         model.reshard()  # type: ignore[operator]
@@ -155,6 +176,10 @@ def training() -> list[Row]:
     row["ratio"] = traffic.bytes / everything
     rows.append(judge(row, "ratio", 1.03, "× packed weights and scales"))
     return rows
+
+
+def work_of(batch: int) -> str:
+    return f"QLoRA step, {batch} x {TOKENS} tokens a GPU"
 
 
 def decoding() -> list[Row]:
