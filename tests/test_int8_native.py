@@ -250,7 +250,7 @@ class Product:
             _native.int8_linear(x.address, m, k, number, self.threshold, *weight, *rest)
         else:
             bound = _native.Int8Weight(self.weight.address, n, k, self.col.address)
-            bound.linear(x.address, m, number, self.threshold, *rest)
+            bound.linear(x.address, m, number, self.threshold, *rest[:3], 0, *rest[3:])
         workspace.read("workspace")
         return out.read("out").reshape(m, n)
 

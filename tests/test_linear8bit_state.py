@@ -17,6 +17,7 @@ from torch import nn
 
 import fewbits.functional as F
 from arrays import assert_same_bits
+from fewbits.autograd import MatmulLtState
 from fewbits.nn import Embedding8bit, Int8Params, Linear8bitLt
 from linear8bit_layers import K, N, activations, assert_same_layer, make, randn, raw, scales
 
@@ -319,3 +320,27 @@ def test_embedding_state_dict(tmp_path: Path) -> None:
     fresh.load_state_dict({"weight": values})
     assert fresh.to("cpu").weight.dtype == torch.int8
     assert torch.equal(pickle.loads(pickle.dumps(table))(torch.arange(10)), fresh(torch.arange(10)))
+
+
+@pytest.mark.parametrize(("m", "k"), [(1, 4096), (3, 1000), (7, 14336), (12, 4096), (16, 77), (40, 1040), (300, 4096)])
+def test_outlier_columns_of_the_last_product(m: int, k: int, device: torch.device) -> None:
+    layer = Linear8bitLt(k, 48, bias=False, has_fp16_weights=False, threshold=6.0).to(device)
+    assert layer.state.idx is None
+    generator = torch.Generator().manual_seed(m * k)
+    layer(torch.zeros(m, k, device=device, dtype=torch.bfloat16))  # prepares the weight, and leaves nothing
+    for count in (5, 5, 0, min(k, 70)):
+        columns = torch.randperm(k, generator=generator)[:count]
+        x = torch.rand(m, k, generator=generator)
+        x[torch.randint(m, (count,), generator=generator), columns] = -7.0
+        layer(x.to(device, torch.bfloat16))
+        found = layer.state.idx
+        assert (found is None) == (device.type == "cpu")
+        assert found is None or found.dtype == torch.int64
+        assert found is None or found.tolist() == columns.sort().values.tolist()
+    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert twin.state.idx is None
+    layer.state.idx = torch.tensor([3])
+    assert layer.state.idx.tolist() == [3]
+    state = MatmulLtState(idx=torch.tensor([1]))
+    assert state.idx is not None
+    assert state.idx.tolist() == [1]

@@ -9,6 +9,7 @@ import torch
 
 from fewbits import _checks, _int8, _int8_ops, _int8_prepared, _launch
 from fewbits import _checks_int8 as checks
+from fewbits._int8_prepared import Found
 from fewbits._int8_product import Weight, dense, linear
 
 __all__ = ["MatmulLtState", "matmul"]
@@ -33,6 +34,10 @@ class MatmulLtState:
     force_no_igemmlt : bool
         Whether products with int8 codes take the activations as they are: ``A @ W.T``, `W` dequantized panel by panel.
         Slower; nothing but the weight is rounded. A weight quantized for each product has no use of it.
+
+    idx : torch.Tensor or None
+        int64: the outlier columns of the last product on a CUDA device with a threshold, found in what that left there
+        (reading it waits for the device), or what was assigned. None on other devices.
 
     Notes
     -----
@@ -70,11 +75,24 @@ class MatmulLtState:
     _tile_indices = None
 
     _source: ClassVar[tuple[int, int, torch.device] | None] = None  # what CB was last quantized from
+    _found: ClassVar[Found | None] = None  # by the last product
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_found"}
 
     def reset_grads(self) -> None:
         """Forget the quantized weight."""
         self.CB = self.SB = self.SCB = self.SBt = self.CBt = None
         self.CxB = self.CxBt = None
+
+
+def _idx(state: MatmulLtState) -> torch.Tensor | None:
+    given: torch.Tensor | None = state.__dict__.get("_idx")
+    return given if given is not None or state._found is None else state._found.columns()
+
+
+# Made a property when the field and its default are known.
+MatmulLtState.idx = property(_idx, lambda state, value: state.__dict__.__setitem__("_idx", value))  # type: ignore[assignment]
 
 
 def matmul(
@@ -137,6 +155,7 @@ def matmul(
         if prepared is not None:
             done = _int8_prepared.multiply(prepared, weight.CB, weight.SCB, A, state.threshold, bias)
             if done is not None:
+                state._found = prepared.found  # type: ignore[misc]
                 return done
     return multiply(A, weight, state.threshold, bias, source, out, integers)
 

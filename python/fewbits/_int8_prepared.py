@@ -2,35 +2,60 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from fewbits import _native
 from fewbits._call import Arguments, Product, arguments, storage_address, wants_grad
+from fewbits._checks_int8 import mask_words
 from fewbits._direct import fits, target_of
 from fewbits._int8 import bind
 from fewbits._int8_product import Weight, dense
 from fewbits._launch import PLAIN_TYPES
 from fewbits._panel import Bound
+from fewbits.portable.int8 import unpack_mask
 
 _Tensor, _float32, _int8, _uint8 = torch.Tensor, torch.float32, torch.int8, torch.uint8
 _SIZES = 64  # remembered workspace sizes; decode loops use a few numbers of rows
+_MASKS = 16  # rows that may have a mask each
+_KEPT_BYTES = 32 << 10  # a workspace of no more is kept for the sake of the masks in it; of a larger one they are apart
+
+
+class Found(NamedTuple):
+    """Where a product with a threshold left the bitmasks of the outlier columns."""
+
+    memory: torch.Tensor  # a workspace, or the masks alone
+    apart: bool
+    x: int  # address and rows of the activations
+    m: int
+    k: int
+    weight: _native.Int8Weight
+    ordinal: int
+
+    def columns(self) -> torch.Tensor:
+        """Return the columns, int64 and ascending. That waits for the device."""
+        base, words = self.memory.data_ptr(), mask_words(self.k)
+        address, count = self.weight.masks(self.x, self.m, base, self.ordinal)
+        offset = 0 if self.apart else address - base
+        masks = self.memory[offset : offset + 4 * words * count].view(torch.int32).view(count, words)
+        return torch.stack([unpack_mask(mask, self.k) for mask in masks]).any(0).nonzero().view(-1)
 
 
 class Prepared8:
     """An int8 weight as native code takes it, and what it was read from."""
 
-    __slots__ = ("base", "bound", "device", "k", "linear", "n", "ordinal", "scales", "scales_address", "sizes")
+    __slots__ = ("base", "bound", "device", "found", "k", "n", "native", "ordinal", "scales", "scales_address", "sizes")
 
     def __init__(self, CB: torch.Tensor, SCB: torch.Tensor, ordinal: int) -> None:
         self.n, self.k = CB.shape
         self.device, self.ordinal, self.scales = CB.device, ordinal, SCB
         self.sizes: dict[int, int] = {}
+        self.found: Found | None = None
         self._at(bind(CB, SCB)._replace(alive=()), storage_address(CB), SCB.data_ptr())
 
     def _at(self, bound: Bound, base: int, scales_address: int) -> None:
-        self.bound, self.linear = bound, _native.Int8Weight(*bound.native).linear
+        self.bound, self.native = bound, _native.Int8Weight(*bound.native)
         self.base, self.scales_address = base, scales_address
 
     def elsewhere(self, CB: torch.Tensor, SCB: torch.Tensor) -> Prepared8 | None:
@@ -41,7 +66,7 @@ class Prepared8:
         if base == self.base and address == self.scales_address:
             return self
         other: Prepared8 = object.__new__(Prepared8)
-        other.n, other.k, other.sizes = self.n, self.k, self.sizes
+        other.n, other.k, other.sizes, other.found = self.n, self.k, self.sizes, None
         other.device, other.ordinal, other.scales = self.device, self.ordinal, SCB
         codes, n, k, _ = self.bound.native
         other._at(self.bound._replace(native=(codes - self.base + base, n, k, address)), base, address)
@@ -122,6 +147,13 @@ def _run(prepared: Prepared8, A: torch.Tensor, threshold: float, call: Arguments
     m, number, bias_address, y, queue = call
     size = prepared.workspace_size(m)
     workspace = A.new_empty(size, dtype=_uint8) if size else None
-    address = 0 if workspace is None else workspace.data_ptr()
-    prepared.linear(A.data_ptr(), m, number, threshold, bias_address, y.data_ptr(), address, prepared.ordinal, queue)
+    address, x, masks = 0 if workspace is None else workspace.data_ptr(), A.data_ptr(), 0
+    weight, ordinal = prepared.native, prepared.ordinal
+    if threshold and workspace is not None:
+        memory, k, apart = workspace, prepared.k, size > _KEPT_BYTES
+        if apart:
+            memory = A.new_empty(4 * mask_words(k) * min(m, _MASKS), dtype=_uint8)
+            masks = memory.data_ptr()
+        prepared.found = Found(memory, apart, x, m, k, weight, ordinal)
+    weight.linear(x, m, number, threshold, bias_address, y.data_ptr(), address, masks, ordinal, queue)
     return y

@@ -265,9 +265,11 @@ class Int8Weight:
         bias: int,
         out: int,
         workspace: int,
+        mask: int,
         device: int,
         queue: int,
     ) -> None: ...
+    def masks(self, x: int, m: int, workspace: int, device: int) -> tuple[int, int]: ...
 
 def optim_step(
     family: int,

@@ -131,6 +131,8 @@ class Linear8bitLt(Module8bit, nn.Linear):
             if scales is not None and (prepared := weight.prepared) is not None and not state.force_no_igemmlt:
                 done = _int8_prepared.multiply(prepared, weight, scales, x, state.threshold, self._parameters["bias"])
                 if done is not None:
+                    if state.threshold:
+                        state._found = prepared.found  # type: ignore[misc]
                     return done
             _differences.cast_bias(self.bias, x.dtype)
         weight = self.weight

@@ -492,6 +492,8 @@ struct Skinny {
                 quantize<8>(p, share, tokens, known, own_mask, ask_weight);
             __syncthreads();
             if (threadIdx.x < words) bits = own_mask[threadIdx.x];
+            if (blockIdx.x == 0)  // for whoever asks which they were
+                for (int i = threadIdx.x; i < words; i += THREADS) const_cast<unsigned*>(o.mask)[i] = own_mask[i];
         } else {
             if (MODE == KEPT && lane == 0) ask_tokens(p, warp, work.stages, own_tokens, token_barrier);
             left_over.ask_scale(o);

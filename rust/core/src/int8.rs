@@ -176,10 +176,24 @@ pub fn linear_workspace_size(m: usize, n: usize, k: usize, target: Target) -> Re
     }
 }
 
-/// Quantizes rows and multiplies them with a weight.
+/// Where in its workspace [`linear`] leaves the bitmask of outlier columns, and of how many masks one after the other that is the union:
+/// one, or one for each row. Bits past the last column may be anything. The CPU leaves none: (0, 0).
+///
+/// # Errors
+/// A driver failure.
+pub fn masks(m: usize, x: u64, weight: Weight, workspace: u64, target: Target) -> Result<(u64, usize)> {
+    match target {
+        Target::Cpu { .. } => Ok((0, 0)),
+        Target::Cuda { device, .. } => cuda::int8::masks(m, x, weight, workspace, device),
+    }
+}
+
+/// Quantizes rows and multiplies them with a weight. With a threshold, what [`masks`] speaks of lies from address `mask` on if that is
+/// not 0.
 ///
 /// # Safety
-/// As [`quantize_rows`]; `workspace` has as many bytes as [`linear_workspace_size`] says.
+/// As [`quantize_rows`]; `workspace` has as many bytes as [`linear_workspace_size`] says, and what begins at `mask` has room for a mask
+/// of each row, of 16 at most.
 ///
 /// # Errors
 /// A null address, a threshold that is negative or NaN, too many columns, a driver failure.
@@ -189,6 +203,7 @@ pub unsafe fn linear(
     weight: Weight,
     output: Output,
     workspace: u64,
+    mask: u64,
     target: Target,
 ) -> Result<()> {
     check_threshold(threshold)?;
@@ -203,7 +218,7 @@ pub unsafe fn linear(
         match target {
             Target::Cpu { threads } => cpu::int8::linear(rows, threshold, weight, output, threads),
             Target::Cuda { device, stream } => {
-                cuda::int8::linear(rows, threshold, weight, output, workspace, device, stream)
+                cuda::int8::linear(rows, threshold, weight, output, workspace, mask, device, stream)
             }
         }
     }

@@ -75,7 +75,7 @@ pub fn int8_linear(
     queue: u64,
 ) -> Result<()> {
     let weight = Weight { codes: weight, n, k, scales: col_scale };
-    multiply(py, weight, x, m, self::dtype(dtype)?, threshold, bias, out, workspace, target(device, queue)?)
+    multiply(py, weight, x, m, self::dtype(dtype)?, threshold, bias, out, workspace, 0, target(device, queue)?)
 }
 
 /// Bytes of memory on the device that `int8_linear` needs; 0 on the CPU.
@@ -137,7 +137,7 @@ impl Int8Weight {
         Self(Weight { codes: weight, n, k, scales: col_scale })
     }
 
-    /// As the function `int8_linear`.
+    /// As the function `int8_linear`; the bitmasks of outlier columns lie at `mask`, where that is not 0.
     fn linear(
         &self,
         py: Python<'_>,
@@ -148,10 +148,16 @@ impl Int8Weight {
         bias: u64,
         out: u64,
         workspace: u64,
+        mask: u64,
         device: i64,
         queue: u64,
     ) -> Result<()> {
-        multiply(py, self.0, x, m, self::dtype(dtype)?, threshold, bias, out, workspace, target(device, queue)?)
+        multiply(py, self.0, x, m, self::dtype(dtype)?, threshold, bias, out, workspace, mask, target(device, queue)?)
+    }
+
+    /// Where in its workspace `linear` left the bitmask of outlier columns, and of how many masks that is the union; 0 and 0 on the CPU.
+    fn masks(&self, x: u64, m: usize, workspace: u64, device: i64) -> Result<(u64, usize)> {
+        Ok(int8::masks(m, x, self.0, workspace, target(device, 1)?)?)
     }
 }
 
@@ -165,9 +171,10 @@ fn multiply(
     bias: u64,
     out: u64,
     workspace: u64,
+    mask: u64,
     target: Target,
 ) -> Result<()> {
     let (rows, output) = (Rows { x, m, dtype }, Output { bias, out });
     // SAFETY: as in `int8_quantize_rows`.
-    run(py, target, move || unsafe { int8::linear(rows, threshold, weight, output, workspace, target) })
+    run(py, target, move || unsafe { int8::linear(rows, threshold, weight, output, workspace, mask, target) })
 }

@@ -331,6 +331,20 @@ pub fn linear_workspace_size(m: usize, n: usize, k: usize, ordinal: usize) -> Re
     Ok(Layout::new(m, k).parts + parts + ALIGNMENT)
 }
 
+/// The way that [`linear`] takes, and the first address of its workspace that it uses.
+fn way(m: usize, x: u64, weight: Weight, workspace: u64, device: usize) -> Result<(Int8Product, Circumstances, u64)> {
+    let base = workspace.next_multiple_of(ALIGNMENT as u64);
+    let at = circumstances(m, base, weight, x.is_multiple_of(16), device)?;
+    Ok((choose(m, weight.n, weight.k, at)?, at, base))
+}
+
+/// As [`crate::int8::masks`].
+pub fn masks(m: usize, x: u64, weight: Weight, workspace: u64, device: usize) -> Result<(u64, usize)> {
+    let (product, _, base) = way(m, x, weight, workspace, device)?;
+    let count = if product.keeps_rows() { m } else { 1 };
+    Ok((base + Layout::new(m, weight.k).mask as u64, count))
+}
+
 /// # Safety
 /// As [`crate::int8::linear`]; the result has elements.
 pub unsafe fn linear(
@@ -339,17 +353,21 @@ pub unsafe fn linear(
     weight: Weight,
     output: Output,
     workspace: u64,
+    mask: u64,
     device: usize,
     stream: u64,
 ) -> Result<()> {
-    let (n, k, queue) = (weight.n, weight.k, Queue { device, stream });
+    let (k, queue) = (weight.k, Queue { device, stream });
     let layout = Layout::new(rows.m, k);
-    let base = workspace.next_multiple_of(ALIGNMENT as u64);
-    let at = circumstances(rows.m, base, weight, rows.x.is_multiple_of(16), device)?;
-    let product = choose(rows.m, n, k, at)?;
+    let (product, at, base) = way(rows.m, rows.x, weight, workspace, device)?;
     let place = |offset: usize| base + offset as u64;
+    let mask = match mask {
+        _ if threshold <= 0.0 => 0,
+        0 => place(layout.mask),
+        elsewhere => elsewhere,
+    };
     let mut call = Call {
-        operands: operands(rows, Codes { codes: 0, scales: 0, mask: 0 }, 0, weight, output),
+        operands: operands(rows, Codes { codes: 0, scales: 0, mask }, 0, weight, output),
         product,
         dtype: Some(rows.dtype),
         weight,
@@ -360,7 +378,6 @@ pub unsafe fn linear(
         queue,
     };
     if product != Int8Product::SkinnyOwn {
-        let mask = if threshold > 0.0 { place(layout.mask) } else { 0 };
         let few = product.keeps_rows();
         let ready = if threshold > 0.0 && !few { base } else { 0 };
         let codes = Codes { codes: place(layout.codes), scales: place(layout.scales), mask };
