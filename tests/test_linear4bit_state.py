@@ -14,10 +14,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
 import fewbits.functional as F
 from arrays import DTYPES, assert_same_bits
-from fewbits.nn import Linear4bit, Params4bit
+from fewbits.nn import Linear4bit, Linear8bitLt, Params4bit
 from linear4bit_layers import STORAGES, K, N, assert_same_layer, dense, make, randn, raw
 
 # ---- copies ---------------------------------------------------------------------------------------------------------
@@ -273,3 +274,14 @@ def test_bitsandbytes_files(device: torch.device) -> None:
     for key in ("weight", "bias", "weight.absmax", "weight.quant_map", "weight.nested_quant_map", BLOB):
         assert torch.equal(layer.state_dict()[key].cpu(), state_dict[key]), key
     torch.testing.assert_close(layer(randn(3, k).to(device)).cpu(), theirs(randn(3, k)))
+
+
+@pytest.mark.parametrize("layer", [Linear4bit(64, 32, quant_type="nf4"), Linear8bitLt(64, 32, has_fp16_weights=False)])
+def test_distributed_checkpoints_find_one_device(layer: nn.Module, device: torch.device) -> None:
+    """A full state dict, on the CPU as files give it, goes through torch's functions for models on any device."""
+    model, other = (nn.Sequential(copy.deepcopy(layer).to(device)) for _ in range(2))
+    nn.init.normal_(other[0].bias)
+    full = {key: value.cpu() for key, value in other.state_dict().items()}
+    set_model_state_dict(model, full, options=StateDictOptions(full_state_dict=True))
+    x = randn(3, 64).to(device, torch.bfloat16)
+    assert_same_bits(model(x), other(x), "loaded")

@@ -121,14 +121,16 @@ class QuantizedModule(PartedModule):
         """Return an iterator over buffers, as ``nn.Module.named_buffers``.
 
         Distributed checkpoints get what stands beside the weight in a state dict as well: with
-        ``broadcast_from_rank0`` they know no other entries than parameters and buffers.
+        ``broadcast_from_rank0`` they know no other entries than parameters and buffers. They want all on one device.
         """
         buffers = super().named_buffers(prefix, recurse, remove_duplicate)
         if recurse or sys._getframe(1).f_globals.get("__name__") != _CHECKPOINTS:
             return buffers
         entries: dict[str, Any] = {}
         self._save_to_state_dict(entries, "", False)
-        return chain(buffers, ((prefix + name, value) for name, value in self._statistics(entries, "").items()))
+        device = entries["weight"].device
+        statistics = ((prefix + name, value.to(device)) for name, value in self._statistics(entries, "").items())
+        return chain(buffers, statistics)
 
     def _statistics(self, state_dict: Mapping[str, Any], prefix: str) -> dict[str, Any]:
         """Return the entries of a state dict that say how to read its weight."""
