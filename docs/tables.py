@@ -126,12 +126,13 @@ def workflows(outcomes: dict[str, Outcomes]) -> str:
 
 
 def peer_tests() -> str:
-    """Render how bitsandbytes' own tests fare, from ``bitsandbytes-tests.json``."""
+    """Render how bitsandbytes' own tests fare, from ``bitsandbytes-tests.json``: passed and failed, by device."""
     data = json.loads((DOCS / "bitsandbytes-tests.json").read_text())
-    rows = [[f"`{name}`", str(passed), str(failed)] for name, (passed, failed) in data["files"].items()]
-    totals = [str(sum(counts)) for counts in zip(*data["files"].values(), strict=True)]
-    rows.append(["all", *totals])
-    return "\n".join([f"{data['where']}:", "", *_table(["file", "passed", "failed"], rows)])
+    runs = [data["cpu"], data["cuda"]]
+    rows = [[f"`{name}`", *(str(count) for run in runs for count in run.get(name, ("", "")))] for name in data["cpu"]]
+    totals = [str(sum(counts)) for run in runs for counts in zip(*run.values(), strict=True)]
+    headings = ["file", "CPU: passed", "failed", "H200: passed", "failed"]
+    return "\n".join([f"{data['what']}:", "", *_table(headings, [*rows, ["all", *totals]])])
 
 
 def write_all(folder: Path, outcomes: dict[str, Outcomes] | None) -> None:
