@@ -7,12 +7,12 @@ where that call finds anything but what it knows, `map` looks at one attribute o
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Callable, Sequence
 from itertools import chain, compress
 from operator import attrgetter, is_, itemgetter
 from typing import Any
 
+import numpy as np
 import torch
 
 from fewbits import _native
@@ -115,7 +115,7 @@ class Whereabouts:
 
 def addresses_of(tensors: list[torch.Tensor]) -> bytes:
     """Return where tensors begin, as int64."""
-    return array("q", map(_address, tensors)).tobytes()
+    return np.fromiter(map(_address, tensors), np.int64, len(tensors)).tobytes()
 
 
 def _kinds(grads: list[torch.Tensor]) -> tuple[list[torch.dtype], list[int], list[int]]:
