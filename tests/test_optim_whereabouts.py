@@ -190,6 +190,19 @@ def test_a_change_is_noticed(device: torch.device, way: str, change: Change) -> 
             assert_same_bits(states[i]["state1"], other_states[i]["state1"], f"state of parameter {i}")
 
 
+def test_a_parameter_that_goes_to_the_next_group(device: torch.device, way: str) -> None:
+    params: list[Any] = parameters(SHAPES, device)
+    ours = fewbits.optim.AdamW8bit([{"params": params[:3]}, {"params": params[3:], "lr": 0.1}])
+    give_gradients(params, 0)
+    ours.step()
+    plan, (first, second) = plan_of(ours), ours.param_groups
+    assert plan.match(ours) is not None
+    second["params"].insert(0, first["params"].pop())
+    assert plan.match(ours) is None
+    ours.step()
+    assert [len(config.group["params"]) for config in plan_of(ours).configs] == [2, 3]
+
+
 # ---- gradients that are read otherwise -----------------------------------------------------------------------------
 
 
@@ -210,9 +223,31 @@ def elsewhere(g: torch.Tensor) -> torch.Tensor:
     return torch.cat([g.reshape(-1), g.reshape(-1)])[g.numel() :].view(g.shape)
 
 
-@pytest.mark.parametrize("form", [transposed, spread, negated, elsewhere])
-@pytest.mark.parametrize("first", [0, 1, 2])
-def test_gradients_of_other_forms(device: torch.device, way: str, form: Callable[..., Any], first: int) -> None:
+def negated_without_gaps(g: torch.Tensor) -> torch.Tensor:
+    return torch._neg_view(-g)
+
+
+def single(form: Callable[..., Any]) -> Callable[..., Any]:
+    """Leave gradients of more than one element alone."""
+    return lambda g: form(g) if g.numel() == 1 else g
+
+
+def several(form: Callable[..., Any]) -> Callable[..., Any]:
+    """Leave gradients of one element alone."""
+    return lambda g: form(g) if g.numel() > 1 else g
+
+
+FORMS = {form.__name__: form for form in (transposed, spread, negated, elsewhere)}
+FORMS |= {"negated_single": single(negated), "negated_several": several(negated)}
+CASES = [(name, form, first) for name, form in FORMS.items() for first in (0, 1, 2)]
+# Nothing in torch's documentation makes these; they are believed where the first step has one.
+CASES += [("negated_without_gaps", negated_without_gaps, 0), ("single ones left", several(negated_without_gaps), 0)]
+
+
+@pytest.mark.parametrize(("name", "form", "first"), CASES, ids=[f"{name}-{first}" for name, _, first in CASES])
+def test_gradients_of_other_forms(
+    device: torch.device, way: str, name: str, form: Callable[..., Any], first: int
+) -> None:
     """From the first step on, or after a plan was made."""
     (ours, params), (plain, others) = optimizer_over(device), optimizer_over(device)
     for t in range(4):
@@ -221,24 +256,11 @@ def test_gradients_of_other_forms(device: torch.device, way: str, form: Callable
         if t >= first:
             for p in params:
                 p.grad = form(p.grad)
-                assert form is not negated or p.grad.is_neg()
+            assert any(p.grad.is_neg() for p in params) == ("neg" in name or "single" in name)
         ours.step()
         plain.step()
     for i, (p, q) in enumerate(zip(params, others, strict=True)):
-        assert_same_bits(p, q, f"{form.__name__}, parameter {i}")
-
-
-def test_negation_without_gaps_from_the_first_step_on(device: torch.device, way: str) -> None:
-    (ours, params), (plain, others) = optimizer_over(device), optimizer_over(device)
-    for t in range(3):
-        give_gradients(params, t)
-        give_gradients(others, t)
-        for p in params:
-            p.grad = torch._neg_view(-p.grad)
-        ours.step()
-        plain.step()
-    for i, (p, q) in enumerate(zip(params, others, strict=True)):
-        assert_same_bits(p, q, f"parameter {i}")
+        assert_same_bits(p, q, f"{name}, parameter {i}")
 
 
 def test_one_gradient_by_the_function(device: torch.device) -> None:
@@ -313,13 +335,14 @@ def test_other_classes_are_left_to_torch(device: torch.device, way: str) -> None
         assert_same_bits(p.detach(), q.detach(), "parameter")
 
 
-def test_a_class_that_changes(device: torch.device, way: str) -> None:
+@pytest.mark.parametrize("other", [torch.nn.Parameter, Marked])
+def test_a_class_that_changes(device: torch.device, way: str, other: type) -> None:
     optimizer, params = optimizer_over(device)
     give_gradients(params, 0)
     optimizer.step()
     whereabouts = plan_of(optimizer).whereabouts
     give_gradients(params, 1)
-    params[0].grad = params[0].grad.as_subclass(Marked)
+    params[0].grad = params[0].grad.as_subclass(other)
     assert whereabouts.find(optimizer.param_groups) is None
     optimizer.step()
     assert plan_of(optimizer).whereabouts.native is None

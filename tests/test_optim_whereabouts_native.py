@@ -50,6 +50,21 @@ def test_what_the_native_object_looks_at() -> None:
     assert of(params, takes_part=[True, False], places=[params[0].data_ptr()]) is not None
 
 
+STRIDES = [
+    *(((2, 3, 4), (12, 4, 1)), ((2, 3, 4), (1, 2, 6)), ((1, 3, 1), (7, 1, 9)), ((1, 3, 1), (7, 2, 9))),
+    *(((2, 3), (4, 1)), ((2,), (0,)), ((0, 3), (5, 7)), ((1,), (2,)), ((), ())),
+]
+
+
+@pytest.mark.parametrize(("shape", "strides"), STRIDES)
+def test_gaps_are_what_torch_calls_so(shape: tuple[int, ...], strides: tuple[int, ...]) -> None:
+    p = torch.nn.Parameter(torch.ones(shape))
+    p.grad = torch.ones(shape)
+    found = of([p])
+    p.grad = torch.ones(100).as_strided(shape, strides)
+    assert (found.find([{"params": [p]}], []) is not None) == p.grad.is_contiguous()
+
+
 def test_wrong_arguments() -> None:
     params = parameters([(4, 4), (3,)], "cpu")
     give_gradients(params, 0)

@@ -154,18 +154,3 @@ fn is_contiguous(shape: &[i64], strides: &[i64]) -> bool {
     }
     true
 }
-
-#[cfg(test)]
-mod tests {
-    use super::is_contiguous;
-
-    #[test]
-    fn contiguous_is_what_torch_calls_so() {
-        assert!(is_contiguous(&[], &[]));
-        assert!(is_contiguous(&[2, 3, 4], &[12, 4, 1]));
-        assert!(is_contiguous(&[1, 3, 1], &[7, 1, 9]));
-        assert!(!is_contiguous(&[2, 3], &[1, 2]));
-        assert!(!is_contiguous(&[2, 3], &[4, 1]));
-        assert!(!is_contiguous(&[2], &[0]));
-    }
-}
