@@ -46,6 +46,7 @@ NATIVE_FILES = {
         "test_optim_cuda",
         "test_optim_native",
         "test_optim_paging",
+        "test_optim_whereabouts_native",
         "test_panel",
         "test_prepared",
         "test_prepared_changes",

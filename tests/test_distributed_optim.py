@@ -98,6 +98,37 @@ def test_random_numbers_are_those_of_the_whole(ranks: Ranks) -> None:
     ranks(2, rounded)
 
 
+def held_still(device: torch.device) -> None:
+    """Memory of shards is what counts: a plan is found again while it stays, beside parameters that are whole."""
+    mesh = mesh_of(device)
+    others = whole(device)
+    params: list[Any] = [*sharded(mesh, others[:2]), torch.nn.Parameter(others[2].detach().clone())]
+    optimizer = fewbits.optim.AdamW8bit(params)
+
+    def stepped(t: int) -> Any:
+        give_gradients(others, t)
+        share_gradients(params, others[:3])
+        optimizer.step()
+        return optimizer._watch.plan
+
+    plan = stepped(0)
+    assert plan.whereabouts.native is None
+    assert stepped(1) is plan
+    params[1]._local_tensor.data = params[1]._local_tensor.data.clone()
+    assert plan.match(optimizer) is None
+    plan = stepped(2)
+    params[2].grad = replicated(mesh, params[2].grad).detach()
+    assert plan.match(optimizer) is None
+    plan = stepped(3)
+    params[0]._local_tensor = params[0]._local_tensor.clone()
+    assert plan.match(optimizer) is None
+    assert stepped(4) is not plan
+
+
+def test_shards_that_move(ranks: Ranks) -> None:
+    ranks(2, held_still)
+
+
 # ---- norms ---------------------------------------------------------------------------------------------------------
 
 

@@ -18,6 +18,14 @@ Tables of the `optim_` functions, which lie on the device:
 - `workspace`: OPTIM_WORKSPACE bytes, zeroed once (CUDA). `control`: float32 factor of the gradients, uint32 that is not
   0 where the step is left out.
 - `partials`: float64, one a tile (`optim_norms` of kind 0) or two (kind 1). `ratios`: float32[count].
+
+`Whereabouts` remembers where the parameters of an optimizer are that take part in a step, what their gradients are
+like, and where `sentinels` are, one a member. `of` is None where `tensor`, a class, does not offer DLPack's exchange
+API, or a tensor is not as `find` wants them. `find` gives the addresses of the members' gradients (int64) and the
+gradients if all is as it was: the parameters of the groups are the same objects, without gaps, at the same `places`;
+who took no part has no gradient; gradients have no gaps, and dtype, device and number of elements as before; sentinels
+are where they were. None says that something is different or not known. Negation that has not been carried out is not
+seen.
 """
 
 from typing import Any, final
@@ -31,6 +39,7 @@ __all__ = [
     "Error",
     "Int8Weight",
     "Weight4bit",
+    "Whereabouts",
     "__version__",
     "built_with_cuda",
     "codebook",
@@ -334,3 +343,17 @@ def remember_table(address: int, quant_type: int) -> None: ...
 def driver_info() -> dict[str, Any]: ...
 def cpu_info() -> dict[str, Any]: ...
 def images() -> list[str]: ...
+
+@final
+class Whereabouts:
+    @staticmethod
+    def of(
+        tensor: type,
+        parameter: type,
+        params: list[Any],
+        takes_part: list[bool],
+        places: list[int],
+        sentinels: list[Any],
+        sentinel_places: list[int],
+    ) -> Whereabouts | None: ...
+    def find(self, groups: list[dict[str, Any]], sentinels: list[Any]) -> tuple[bytes, list[Any]] | None: ...

@@ -13,6 +13,7 @@ import torch
 
 from fewbits import _checks
 from fewbits._backend import is_portable
+from fewbits._launch import dense
 
 __all__ = ["optimizer_update_8bit_blockwise", "optimizer_update_32bit"]
 
@@ -209,6 +210,7 @@ def _update(
     from fewbits.optim._families import ALIASES, DEFAULTS, FAMILIES, check_values, pack
     from fewbits.optim._launches import Bundle, Key, Launch
     from fewbits.optim._prepare import Member, check_tensors
+    from fewbits.optim._whereabouts import addresses_of
 
     family = ALIASES.get(name, name)
     _checks.check_tensor("g", g)
@@ -251,8 +253,8 @@ def _update(
     kind = Key(bits, _checks.DTYPES[p.dtype], _checks.DTYPES[g.dtype], 0, False)
     bundle.add(Launch(kind, [record], None), [row], [(0, 0)])  # type: ignore[list-item]
     bundle.finish()
-    gradient = g.detach().contiguous()
-    bundle.send([gradient.data_ptr()], [gradient], capturing=False)
+    gradient = dense(g.detach())
+    bundle.send(addresses_of([gradient]), [gradient], capturing=False)
     control = None
     if gnorm_scale != 1.0:
         control = torch.tensor([gnorm_scale, 0.0], dtype=torch.float32).to(p.device)  # and a flag of zero bits
@@ -275,7 +277,7 @@ def _update_portably(
     bundle = PortableBundle(_Kind(family), p.device)  # type: ignore[arg-type]
     counter = torch.full((), step - 1, dtype=torch.int64, device=p.device)
     bundle.entries = [entry_of(family, 0, 0, p, {**states, "step": counter}, record)]  # type: ignore[arg-type]
-    bundle.send([], [g], capturing=False)
+    bundle.send(b"", [g], capturing=False)
     if gnorm_scale != 1.0:
         bundle.control = torch.tensor([gnorm_scale, 0.0], dtype=torch.float32).view(torch.int32).to(p.device)
     bundle.step(int(gnorm_scale != 1.0), capturing=False)

@@ -332,7 +332,7 @@ class Optimizer8bit(Stepping, metaclass=Named):
         with torch.no_grad():
             plan = Plan(self, [Member(gindex, pindex, ordinal, p)], whole=False)
             assert p.grad is not None
-            found = plan.addresses([p.grad])
+            found = plan.whereabouts.addresses([p.grad])
             assert found is not None
             self._run(plan, *found)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from array import array
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -53,7 +52,7 @@ class Bundle:
         self.staged: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.rows: list[Any] = []
         self.sources: list[Any] = []
-        self.sent: list[int] | None = None
+        self.sent: bytes | None = None
         self.sent_by_graph = False
         self.control: torch.Tensor | None = None
         self.partials: torch.Tensor | None = None
@@ -107,7 +106,7 @@ class Bundle:
         self.uploads.append(pinned)
         return pinned.to(self.device, non_blocking=True)
 
-    def send(self, addresses: list[int], grads: list[torch.Tensor], capturing: bool) -> None:
+    def send(self, addresses: bytes, grads: list[torch.Tensor], capturing: bool) -> None:
         """Tell the device where the gradients are, if it does not know.
 
         Through fresh memory every time: the copy of the step before may not have been made yet, and a captured graph
@@ -115,7 +114,7 @@ class Bundle:
         """
         if addresses == self.sent and not capturing:
             return
-        numbers = np.frombuffer(array("q", addresses), dtype=np.int64)
+        numbers = np.frombuffer(addresses, dtype=np.int64)
         if not self.is_plain or len(numbers) != len(self.index):
             numbers = numbers[self.index] + self.offsets
         if self.device.type == "cpu":

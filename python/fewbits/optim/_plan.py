@@ -1,14 +1,14 @@
 """What one step launches: found again cheaply as long as nothing but the gradients' addresses changes.
 
 A plan is made for the parameters that have gradients, where they, their states and their hyperparameters lie. `match`
-compares all of that with what it was made for, in as few steps of the interpreter as possible.
+compares all of that with what it was made for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from itertools import chain, compress
-from operator import itemgetter
+from collections.abc import Iterator
+from itertools import chain
+from operator import is_, itemgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,12 +16,12 @@ import torch
 from fewbits import _native
 from fewbits._backend import is_portable
 from fewbits._checks import DTYPES, block_count
-from fewbits._launch import dense
 from fewbits.optim import _distributed, _paging, _states
 from fewbits.optim._config import Config
 from fewbits.optim._launches import Bundle, Key, Launch
 from fewbits.optim._paged_states import local
 from fewbits.optim._prepare import Member, check_tensors, prepare_states
+from fewbits.optim._whereabouts import Found, Whereabouts
 
 if TYPE_CHECKING:
     from fewbits.optim._stepping import Stepping
@@ -30,11 +30,6 @@ if TYPE_CHECKING:
 TILE: int = _native.OPTIM_TILE
 GROUPS: int = _native.OPTIM_GROUPS
 
-# Called through map: no step of the interpreter a tensor.
-_Tensor: Any = torch.Tensor
-_grad: Callable[[Any], Any] = _Tensor.grad.__get__
-_dtype: Callable[[Any], Any] = _Tensor.dtype.__get__
-_address, _numel, _is_contiguous = _Tensor.data_ptr, _Tensor.numel, _Tensor.is_contiguous
 _params = itemgetter("params")
 
 
@@ -42,70 +37,45 @@ class Plan:
     """Launches and what they were made for."""
 
     def __init__(self, optimizer: Stepping, members: list[Member], *, whole: bool = True) -> None:
-        groups = optimizer.param_groups
-        self.whole = whole
-        everyone = list(chain.from_iterable(map(_params, groups))) if whole else [m.p for m in members]
-        chosen = {m.ordinal for m in members} if whole else set(range(len(members)))
-        self.ids = list(map(id, everyone))
-        self.everyone = everyone
-        self.mask = None if len(chosen) == len(everyone) else [i in chosen for i in range(len(everyone))]
-        self.types = list(map(type, map(_grad, everyone)))
+        everyone = list(chain.from_iterable(map(_params, optimizer.param_groups)))
+        chosen = {m.ordinal for m in members}
         self.changes = optimizer.mng.changes
-        self.distributed = any(_distributed.is_distributed(m.p) for m in members)
+        self.groups = list(optimizer.param_groups)
+        self.lengths = [len(group["params"]) for group in self.groups]
+        distributed = [m for m in members if _distributed.is_distributed(m.p)]
         self.owners = [m.p for m in members]
-        for m in members if self.distributed else ():
-            if _distributed.is_distributed(m.p):
-                _distributed.check_placement(f"parameter {m.position} of group {m.group_index}", m.p)
-        self.reducer = _distributed.Reducer(self.owners) if self.distributed else None
+        for m in distributed:
+            _distributed.check_placement(f"parameter {m.position} of group {m.group_index}", m.p)
+        self.reducer = _distributed.Reducer(self.owners) if distributed else None
         params = [local(m.p) for m in members]
         grads = [_distributed.local_gradient(m.p, m.p.grad) for m in members]
         check_tensors(members, params, grads)
         self.params = params
-        self.dtypes, self.numels = list(map(_dtype, grads)), list(map(_numel, grads))
         self.configs: list[Config] = []
         configs = self._configure(optimizer, members, params)
         # Nothing has changed up to here. Now every state comes to be, or is found wrong.
         prepare_states(optimizer, members, params, configs)
-        self.places = list(map(_address, params))
         states = [optimizer.state[m.p] for m in members]
-        self.sentinels = [state.get("state1", state["step"]) for state in states]
-        self.sentinel_places = list(map(_address, self.sentinels))
+        sentinels = [state.get("state1", state["step"]) for state in states]
+        takes_part = [ordinal in chosen for ordinal in range(len(everyone))] if whole else [True] * len(members)
+        self.whereabouts = Whereabouts(
+            everyone if whole else self.owners, takes_part, self.owners, params, grads, sentinels
+        )
         self.bundles: list[Bundle | PortableBundle] = []
         self._arrange(optimizer, members, params, grads, states, configs)
 
     # ---- finding it again ----
 
-    def match(self, optimizer: Stepping) -> tuple[list[int], list[torch.Tensor]] | None:
+    def match(self, optimizer: Stepping) -> Found | None:
         """Return the addresses of the gradients and who must outlive the launches, or None if something changed."""
         if optimizer.mng.changes != self.changes or getattr(optimizer.state, "watch", None) is not optimizer._watch:
             return None
-        if list(map(id, chain.from_iterable(map(_params, optimizer.param_groups)))) != self.ids:
+        groups = optimizer.param_groups
+        if len(groups) != len(self.groups) or not all(map(is_, groups, self.groups)):  # hyperparameters are theirs
             return None
-        grads = list(map(_grad, self.everyone))
-        if list(map(type, grads)) != self.types:
+        if list(map(len, map(_params, groups))) != self.lengths:
             return None
-        return self.addresses(grads if self.mask is None else list(compress(grads, self.mask)))
-
-    def addresses(self, grads: list[torch.Tensor]) -> tuple[list[int], list[torch.Tensor]] | None:
-        if self.distributed:
-            if any(local(p) is not shard for p, shard in zip(self.owners, self.params, strict=True)):
-                return None
-            grads = [_distributed.local_gradient(p, g) for p, g in zip(self.owners, grads, strict=True)]
-        if not all(map(_is_contiguous, grads)):
-            if any(g.layout is not torch.strided for g in grads):
-                return None
-            grads = [g if g.is_contiguous() else dense(g) for g in grads]
-        if (
-            list(map(_dtype, grads)) != self.dtypes
-            or list(map(_numel, grads)) != self.numels
-            or list(map(_address, self.params)) != self.places
-            or list(map(_address, self.sentinels)) != self.sentinel_places
-        ):
-            return None
-        try:
-            return list(map(_address, grads)), grads
-        except RuntimeError:  # no memory of its own: a fresh plan says what it is
-            return None
+        return self.whereabouts.find(groups)
 
     def refresh(self) -> bool:
         """Take over changed hyperparameters. Return whether that needs another plan."""

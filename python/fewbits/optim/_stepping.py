@@ -56,7 +56,7 @@ class Stepping(Persistent):
                 ordinal += 1
         return Plan(self, members) if members else None
 
-    def _run(self, plan: Plan, addresses: list[int], grads: list[torch.Tensor]) -> None:
+    def _run(self, plan: Plan, addresses: bytes, grads: list[torch.Tensor]) -> None:
         capturing = any(bundle.device.type == "cuda" for bundle in plan.bundles) and is_capturing()
         if capturing:
             self._captured.append(plan)

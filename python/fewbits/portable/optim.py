@@ -77,7 +77,7 @@ class PortableBundle:
         self.control: torch.Tensor | None = None
         self.reducer: Reducer | None = None  # of distributed parameters
 
-    def send(self, addresses: list[int], grads: list[torch.Tensor], capturing: bool) -> None:
+    def send(self, addresses: bytes, grads: list[torch.Tensor], capturing: bool) -> None:
         """Take the gradients of all parameters of the optimizer."""
         if capturing and self.device.type == "cuda":
             raise RuntimeError(f"step: expected no graph to be captured on {self.device}, whose steps wait for it")

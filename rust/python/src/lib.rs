@@ -1,12 +1,13 @@
 //! `fewbits._native`: the Rust core for Python.
 //!
 //! Addresses and sizes come in as plain integers; [`fewbits_core`] checks them. CPU work and driver calls run without the
-//! interpreter's lock. Nothing here computes.
+//! interpreter's lock. Nothing here computes. [`whereabouts`] alone reads tensors itself, as there are many.
 
 use pyo3::prelude::*;
 
 mod blockwise;
 mod c_names;
+mod dlpack;
 mod error;
 mod info;
 mod int8;
@@ -14,6 +15,7 @@ mod matmul4;
 mod optim;
 mod panel;
 mod target;
+mod whereabouts;
 
 /// Quantization kernels on raw addresses.
 #[pymodule(gil_used = false)]
@@ -42,6 +44,8 @@ mod _native {
     use super::optim::{optim_control, optim_norms, optim_step, optim_trust};
     #[pymodule_export]
     use super::panel::{dequantize_4bit_panel, dequantize_4bit_rows};
+    #[pymodule_export]
+    use super::whereabouts::Whereabouts;
 
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
