@@ -128,11 +128,9 @@ class Linear8bitLt(Module8bit, nn.Linear):
                     self._forget_scales()
             else:
                 scales = None
-            if scales is not None and (prepared := weight.prepared) is not None and not state.force_no_igemmlt:
-                done = _int8_prepared.multiply(prepared, weight, scales, x, state.threshold, self._parameters["bias"])
+            if scales is not None and weight.prepared is not None:
+                done = self._multiply_prepared(weight, scales, x)
                 if done is not None:
-                    if state.threshold:
-                        state._found = prepared.found  # type: ignore[misc]
                     return done
             _differences.cast_bias(self.bias, x.dtype)
         weight = self.weight
@@ -144,8 +142,11 @@ class Linear8bitLt(Module8bit, nn.Linear):
         if not weight.is_floating_point():
             quantized = self._find_weight(weight, tracing)
             if not tracing and type(weight) is Int8Params and weight.prepared is None:
-                # For the next call.
-                weight.prepared = _int8_prepared.prepare(weight.data, quantized.SCB) or Scales(quantized.SCB)
+                prepared = _int8_prepared.prepare(weight.data, quantized.SCB)
+                weight.prepared = prepared or Scales(quantized.SCB)
+                done = None if prepared is None else self._multiply_prepared(weight, quantized.SCB, x)
+                if done is not None:
+                    return done
             return multiply(x, quantized, state.threshold, self.bias, None, integers=not state.force_no_igemmlt)
         if state.has_fp16_weights:
             source = weight if weight.requires_grad else None
@@ -157,6 +158,16 @@ class Linear8bitLt(Module8bit, nn.Linear):
             )
         self._quantize_in_place(weight)
         return self.forward(x)
+
+    def _multiply_prepared(self, weight: Any, scales: torch.Tensor, x: torch.Tensor) -> torch.Tensor | None:
+        """Return the product in the fewest steps, or None where the long way must be taken."""
+        prepared, state = weight.prepared, self.state
+        if state.force_no_igemmlt:
+            return None
+        done = _int8_prepared.multiply(prepared, weight, scales, x, state.threshold, self._parameters["bias"])
+        if done is not None and state.threshold:
+            state._found = prepared.found  # type: ignore[misc]
+        return done
 
     def _find_weight(self, weight: torch.Tensor, tracing: bool) -> Weight:
         """Return codes and scales; scales that have come with a new weight are taken over into the state."""

@@ -97,7 +97,9 @@ class Bundle:
         self.spare = self._pinned(len(rows))
 
     def _pinned(self, count: int) -> torch.Tensor | None:
-        return torch.empty(count, dtype=torch.int64, pin_memory=True) if self.device.type == "cuda" else None
+        if self.device.type != "cuda":
+            return None
+        return torch.empty(count, dtype=torch.int64, device="cpu", pin_memory=True)  # whatever the default device
 
     def _upload(self, table: torch.Tensor) -> torch.Tensor:
         if self.device.type == "cpu":

@@ -41,7 +41,7 @@ def pinned_empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.devic
     if failed:  # some virtual machines cannot
         with contextlib.suppress(RuntimeError):  # the next launch would report what has been dealt with here
             torch.zeros(1, device=device)
-        return torch.empty(shape, dtype=dtype, pin_memory=True)
+        return torch.empty(shape, dtype=dtype, device="cpu", pin_memory=True)
     weakref.finalize(memory, _unpin, address, device, os.getpid()).atexit = False
     return torch.from_numpy(memory)[:size].view(dtype).view(shape)
 

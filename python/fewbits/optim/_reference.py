@@ -60,10 +60,10 @@ class _ReferenceAdEMAMix(torch.optim.Optimizer, metaclass=Named):
             alpha = min(t * alpha / group["t_alpha"], alpha)
         if group["t_beta3"] is not None:
             # The half-life of the slow average grows linearly from that of the fast one (equation 4.3).
-            low, high = torch.tensor([beta1, beta3], dtype=torch.float64).log().tolist()
+            low, high = torch.tensor([beta1, beta3], dtype=torch.float64, device="cpu").log().tolist()
             part = t / group["t_beta3"]
             exponent = low * high / ((1 - part) * high + part * low)
-            beta3 = min(float(torch.tensor(exponent, dtype=torch.float64).exp()), beta3)
+            beta3 = min(float(torch.tensor(exponent, dtype=torch.float64, device="cpu").exp()), beta3)
         (m1, m2), nu = state["m1_m2"], state["nu"]
         m1.lerp_(g, 1 - beta1)
         m2.lerp_(g, 1 - beta3)

@@ -158,7 +158,7 @@ def check(where: str, state: Mapping[str, Any], family: str, p: torch.Tensor, na
 
 def check_map(where: str, key: str, table: Any) -> None:
     """Raise unless a map is the one that 8-bit states are in. Waits for the device that it lies on."""
-    values = torch.tensor(TABLES[MAPS[key]])
+    values = torch.tensor(TABLES[MAPS[key]], device="cpu")
     if not isinstance(table, torch.Tensor) or table.shape != values.shape:
         got = tuple(table.shape) if isinstance(table, torch.Tensor) else type(table).__name__
         raise ValueError(f"{where}[{key!r}]: expected a tensor of shape (256,), got {got}")
