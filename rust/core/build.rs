@@ -5,10 +5,9 @@
 //! system for which NVRTC is not published (macOS); elsewhere a missing NVRTC is an error. `FEWBITS_IMAGE_CACHE` names a
 //! folder that keeps images from one build to another: of another profile, or with clippy, cargo runs this script anew.
 
-use std::collections::hash_map::DefaultHasher;
+use std::collections::BTreeMap;
 use std::error::Error;
 use std::fmt::Write as _;
-use std::hash::{Hash, Hasher};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::{env, fs, thread};
@@ -16,6 +15,8 @@ use std::{env, fs, thread};
 #[path = "src/codebook.rs"]
 #[allow(dead_code, missing_docs)]
 mod codebook;
+#[path = "build/image.rs"]
+mod image;
 #[path = "build/instances.rs"]
 mod instances;
 #[path = "src/matmul4_instances.rs"]
@@ -59,9 +60,6 @@ const SINCE_AMPERE: [&str; 7] = ["compute_80", "sm_80", "sm_86", "sm_89", "sm_90
 const SINCE_TURING: [&str; 8] = ["compute_80", "sm_75", "sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120"];
 /// What uses instructions of Hopper alone.
 const HOPPER: [&str; 1] = ["sm_90a"];
-/// Products stay products: CPU and GPU must agree to the last bit, so nothing is fused that the source does not fuse.
-const OPTIONS: [&str; 3] = ["--std=c++17", "--fmad=false", "--extra-device-vectorization"];
-
 fn main() {
     if let Err(error) = build() {
         eprintln!("fewbits: {error}");
@@ -86,23 +84,24 @@ fn build() -> Result<()> {
     }
 
     let nvrtc = nvrtc::Nvrtc::find()?;
-    let mut headers = vec![
+    let mut headers = BTreeMap::from([
         ("tables.cuh".to_string(), tables::header()?),
         ("wgmma.cuh".to_string(), wgmma::header()?),
         ("matmul4_instances.cuh".to_string(), instances::header()?),
-    ];
+    ]);
     for entry in fs::read_dir("kernels")? {
         let path = entry?.path();
         if path.extension().is_some_and(|extension| extension == "cuh") {
-            headers.push((file_name(&path), fs::read_to_string(&path)?));
+            headers.insert(file_name(&path), fs::read_to_string(&path)?);
         }
     }
 
     let mut jobs = Vec::new();
     for (family, targets) in FAMILIES {
         let source = fs::read_to_string(format!("kernels/{family}.cu"))?;
+        let sources = image::Sources::of(family, source, &headers);
         for &target in targets {
-            jobs.push((family, target, source.clone()));
+            jobs.push((target, sources.clone()));
         }
     }
     // Whoever is free takes the next image.
@@ -112,9 +111,9 @@ fn build() -> Result<()> {
         let handles: Vec<_> = (0..workers)
             .map(|_| {
                 scope.spawn(|| {
-                    while let Some((family, target, source)) = jobs.get(next.fetch_add(1, Ordering::Relaxed)) {
-                        image(&nvrtc, &out, family, target, source, &headers)
-                            .map_err(|error| format!("kernels/{family}.cu for {target}: {error}"))?;
+                    while let Some((target, sources)) = jobs.get(next.fetch_add(1, Ordering::Relaxed)) {
+                        image::write(&nvrtc, &out, target, sources)
+                            .map_err(|error| format!("kernels/{}.cu for {target}: {error}", sources.family))?;
                     }
                     Ok(())
                 })
@@ -130,65 +129,14 @@ fn build() -> Result<()> {
     }
 
     let mut table = String::from("pub static IMAGES: &[Image] = &[\n");
-    for (family, target, _) in &jobs {
+    for (target, sources) in &jobs {
+        let family = sources.family;
         let path = out.join(format!("{family}.{target}.br"));
         writeln!(table, "    Image {{ family: {family:?}, target: {target:?}, packed: include_bytes!({path:?}) }},")?;
     }
     table.push_str("];\n");
     fs::write(out.join("images.rs"), table)?;
     Ok(())
-}
-
-/// Puts one image into `out`, compiled unless the same sources and options gave it before: there, or in the cache.
-fn image(
-    nvrtc: &nvrtc::Nvrtc,
-    out: &Path,
-    family: &str,
-    target: &str,
-    source: &str,
-    headers: &[(String, String)],
-) -> Result<()> {
-    let mut hasher = DefaultHasher::new();
-    (source, headers, target, OPTIONS, &nvrtc.version).hash(&mut hasher);
-    let stamp = format!("{:016x}", hasher.finish());
-    let (stamp_path, image_path) =
-        (out.join(format!("{family}.{target}.stamp")), out.join(format!("{family}.{target}.br")));
-    if image_path.exists() && fs::read_to_string(&stamp_path).is_ok_and(|s| s == stamp) {
-        return Ok(());
-    }
-    let cached =
-        env::var_os("FEWBITS_IMAGE_CACHE").map(|cache| Path::new(&cache).join(format!("{family}.{target}.{stamp}.br")));
-    let packed = match cached.as_deref().map(fs::read) {
-        Some(Ok(packed)) => packed,
-        _ => compile(nvrtc, family, target, source, headers)?,
-    };
-    fs::write(image_path, &packed)?;
-    fs::write(stamp_path, stamp)?;
-    if let Some(path) = cached.filter(|path| !path.exists()) {
-        // Under a name of its own until it is whole: other builds may read the cache now.
-        let part = path.with_extension(format!("{}.part", std::process::id()));
-        fs::create_dir_all(path.parent().unwrap_or(Path::new(".")))?;
-        fs::write(&part, packed)?;
-        fs::rename(part, path)?;
-    }
-    Ok(())
-}
-
-/// Compiles one image and packs it.
-fn compile(
-    nvrtc: &nvrtc::Nvrtc,
-    family: &str,
-    target: &str,
-    source: &str,
-    headers: &[(String, String)],
-) -> Result<Vec<u8>> {
-    let image = nvrtc.compile(&format!("{family}.cu"), source, headers, target, &OPTIONS)?;
-    // Half of what zlib makes of it: instances of a template repeat each other further back than its window reaches.
-    let parameters =
-        brotli::enc::BrotliEncoderParams { quality: 10, lgwin: 24, size_hint: image.len(), ..Default::default() };
-    let mut packed = Vec::new();
-    brotli::BrotliCompress(&mut image.as_slice(), &mut packed, &parameters)?;
-    Ok(packed)
 }
 
 fn file_name(path: &Path) -> String {
