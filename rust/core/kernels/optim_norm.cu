@@ -97,6 +97,7 @@ __device__ __forceinline__ void norm_trust(const Step& launch) {
     if (is_skipped(launch.control, scale)) scale = 1.0f;
     Slot& slot = slots[threadIdx.x / WARP];
     slot.field[GROUP] = -1;
+    __syncwarp();
     int before = -1;
 #pragma unroll 1
     for (i64 tile = blockIdx.x * WARPS + threadIdx.x / WARP; tile < launch.tile_count; tile += (i64)gridDim.x * WARPS) {
