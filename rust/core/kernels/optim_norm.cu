@@ -156,7 +156,7 @@ __device__ __forceinline__ double fold(const double* partials, i64 count, int st
         __syncthreads();
         if (threadIdx.x < width) sums[threadIdx.x] += sums[threadIdx.x + width];
     }
-    sum = sums[0];
+    if (threadIdx.x == 0) sum = sums[0];  // which no other thread may read before it waits again
     __syncthreads();
     return sum;
 }
