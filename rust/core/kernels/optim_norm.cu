@@ -144,19 +144,20 @@ NORM_TRUST(lars, false, false)
 NORM_TRUST(lamb8, true, true)
 NORM_TRUST(lamb32, true, false)
 
-// The sum of `count` values that lie `stride` apart, in thread 0. Called by all of FOLD threads.
+// The sum of `count` values that lie `stride` apart. Called by all of FOLD threads.
 __device__ __forceinline__ double fold(const double* partials, i64 count, int stride) {
     __shared__ double sums[FOLD];
     double sum = 0.0;
 #pragma unroll 8
     for (i64 i = threadIdx.x; i < count; i += FOLD) sum += partials[i * stride];
     sums[threadIdx.x] = sum;
+    __syncthreads();
 #pragma unroll 1
     for (int width = FOLD / 2; width > 0; width /= 2) {
-        __syncthreads();
         if (threadIdx.x < width) sums[threadIdx.x] += sums[threadIdx.x + width];
+        __syncthreads();
     }
-    if (threadIdx.x == 0) sum = sums[0];  // which no other thread may read before it waits again
+    sum = sums[0];
     __syncthreads();
     return sum;
 }
