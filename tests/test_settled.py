@@ -26,6 +26,7 @@ class Recorded:
 
     def __init__(self, *numbers: int) -> None:
         self.native = NATIVE(*numbers)
+        self.workspace_size = self.native.workspace_size
 
     def matmul(self, *arguments: int) -> bool:
         self.versions.append(arguments[-1])

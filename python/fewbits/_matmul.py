@@ -10,7 +10,8 @@ columns of it backward, so that no sum is rounded between two panels. Nothing el
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from math import prod
 
 import torch
@@ -19,9 +20,9 @@ from fewbits import _native
 from fewbits._backend import PORTABLE
 from fewbits._checks import DTYPES, check_buffer, check_matmul_4bit
 from fewbits._launch import deliver, dense, share_memory, target, target_queue
-from fewbits._panel import bind, multiply_panels, multiply_panels_transposed
+from fewbits._panel import Native4bit, bind, multiply_panels, multiply_panels_transposed
 
-_FEW_ROWS = 64  # for which no kernel wants a workspace, not worth the question
+_FEW_ROWS = 16  # for which no kernel wants a workspace, not worth the question
 
 
 def matmul_4bit(
@@ -59,7 +60,7 @@ def matmul_4bit(
         ordinal, queue = target_queue(A.device)
         if ordinal != PORTABLE:
             bias_address = 0 if added is None else added.data_ptr()
-            scratch = workspace(x, x.shape[0], n, k, ordinal)
+            scratch = workspace(x, x.shape[0], ordinal, partial(_workspace_size, weight.native))
             scratch_address = 0 if scratch is None else scratch.data_ptr()
             pointers = (*weight.native, bias_address, result.data_ptr(), scratch_address, ordinal, queue)
             if _native.matmul_4bit(x.data_ptr(), x.shape[0], number, *pointers):
@@ -68,11 +69,15 @@ def matmul_4bit(
     return deliver(result, out)
 
 
-def workspace(x: torch.Tensor, m: int, n: int, k: int, ordinal: int) -> torch.Tensor | None:
-    """Return memory beside `x` with which the native product of M × K and N × K is faster, if any."""
-    if ordinal < 0 or m <= _FEW_ROWS or not (size := _native.matmul_4bit_workspace_size(m, n, k, ordinal)):
+def _workspace_size(native: Native4bit, m: int, ordinal: int) -> int:
+    return _native.matmul_4bit_workspace_size(m, *native, ordinal)
+
+
+def workspace(x: torch.Tensor, m: int, ordinal: int, size: Callable[[int, int], int]) -> torch.Tensor | None:
+    """Return memory beside `x`, as much as `size` says, with which the native product of its `m` rows is faster."""
+    if ordinal < 0 or m <= _FEW_ROWS or not (wanted := size(m, ordinal)):
         return None
-    return x.new_empty(size, dtype=torch.uint8)
+    return x.new_empty(wanted, dtype=torch.uint8)
 
 
 def matmul_4bit_grad(

@@ -142,7 +142,20 @@ def matmul_4bit(
     device: int,
     queue: int,
 ) -> bool: ...
-def matmul_4bit_workspace_size(m: int, n: int, k: int, device: int) -> int: ...
+def matmul_4bit_workspace_size(
+    m: int,
+    codes: int,
+    n: int,
+    k: int,
+    blocksize: int,
+    quant_type: int,
+    absmax: int,
+    nested_code: int,
+    nested_absmax: int,
+    nested_blocksize: int,
+    offset: int,
+    device: int,
+) -> int: ...
 def dequantize_4bit_panel(
     codes: int,
     n: int,
@@ -198,6 +211,7 @@ class Weight4bit:
         nested_blocksize: int,
         offset: int,
     ) -> Weight4bit: ...
+    def workspace_size(self, m: int, device: int) -> int: ...
     def matmul(
         self, x: int, m: int, dtype: int, bias: int, out: int, workspace: int, device: int, queue: int, version: int
     ) -> bool: ...

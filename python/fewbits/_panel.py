@@ -20,7 +20,7 @@ _OTHER_PANEL_BYTES = 16 << 20
 # A panel's size is a multiple of this where it can be: matrix kernels work in such tiles, and vectors stay aligned.
 _TILE = 64
 
-_Native4bit = tuple[int, int, int, int, int, int, int, int, int, int]
+Native4bit = tuple[int, int, int, int, int, int, int, int, int, int]
 
 
 class Bound(NamedTuple):
@@ -145,7 +145,7 @@ def dequantize_4bit_rows(
         if ordinal == PORTABLE:
             weight.native.write_rows(rows, values)
             return values
-        native: _Native4bit = weight.native
+        native: Native4bit = weight.native
         where = (rows.data_ptr(), rows.dtype == torch.int64, rows.numel(), values.data_ptr())
         _native.dequantize_4bit_rows(*native, *where, DTYPES[dtype], ordinal, queue)
     return values

@@ -18,14 +18,12 @@ from fewbits._checks import BLOCKSIZES, QUANT_TYPES, storage_count
 from fewbits._direct import fits, nested_addresses, target_of
 from fewbits._launch import PLAIN_TYPES, is_observed
 from fewbits._matmul import workspace
-from fewbits._panel import Bound, multiply_panels
+from fewbits._panel import Bound, Native4bit, multiply_panels
 from fewbits._product import product
 from fewbits._states import weight_parts
 from fewbits.quant_state import QuantState
 
 _Tensor, _float32 = torch.Tensor, torch.float32
-
-_Native = tuple[int, int, int, int, int, int, int, int, int, int]
 
 
 class Prepared:
@@ -43,11 +41,12 @@ class Prepared:
         "nested",
         "ordinal",
         "plain",
+        "workspace_size",
         "writes",
     )
 
     def __init__(
-        self, B: torch.Tensor, state: QuantState, native: _Native, ordinal: int, writes: torch.Tensor | None
+        self, B: torch.Tensor, state: QuantState, native: Native4bit, ordinal: int, writes: torch.Tensor | None
     ) -> None:
         self.device, self.ordinal, self.n, self.k = B.device, ordinal, native[1], native[2]
         self.absmax = state.absmax
@@ -56,8 +55,10 @@ class Prepared:
         self.nested = _nested_of(state, native[6]) if state.nested else None
         self.writes = writes
 
-    def _at(self, native: _Native, base: int, absmax_address: int) -> None:
-        self.matmul, self.bound = _native.Weight4bit(*native).matmul, Bound(native, (self.n, self.k), ())
+    def _at(self, native: Native4bit, base: int, absmax_address: int) -> None:
+        weight = _native.Weight4bit(*native)
+        self.matmul, self.workspace_size = weight.matmul, weight.workspace_size
+        self.bound = Bound(native, (self.n, self.k), ())
         self.base, self.absmax_address = base, absmax_address
 
     def elsewhere(self, B: torch.Tensor, state: QuantState) -> Prepared | None:
@@ -151,7 +152,7 @@ def prepare(B: Any, state: QuantState, writes: torch.Tensor | None = None) -> Pr
     ordinal, blocks = place[0], (n * k + blocksize - 1) // blocksize
     if B.numel() != storage_count(n * k, B.dtype) or not B.is_contiguous() or B.is_neg():
         return None
-    native: _Native
+    native: Native4bit
     if state.nested:
         parts = nested_addresses(state, blocks, ordinal)
         if parts is None:
@@ -225,7 +226,7 @@ def _run(prepared: Prepared, A: torch.Tensor, bias: torch.Tensor | None, call: A
     (m, number, bias_address, y, queue), n, k, ordinal = call, prepared.n, prepared.k, prepared.ordinal
     writes = prepared.writes
     version = -1 if writes is None else writes._version + prepared.absmax._version
-    scratch = workspace(A, m, n, k, ordinal)
+    scratch = workspace(A, m, ordinal, prepared.workspace_size)
     address = 0 if scratch is None else scratch.data_ptr()
     if not prepared.matmul(A.data_ptr(), m, number, bias_address, y.data_ptr(), address, ordinal, queue, version):
         multiply_panels(prepared.bound, A.view(m, k), bias, y.view(m, n))

@@ -35,13 +35,14 @@ type Result<T> = std::result::Result<T, Box<dyn Error>>;
 const TARGETS: [&str; 9] =
     ["compute_70", "compute_80", "sm_75", "sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120"];
 /// One kernel file each, and what it is compiled for.
-const FAMILIES: [(&str, &[&str]); 17] = [
+const FAMILIES: [(&str, &[&str]); 18] = [
     ("quantize", &TARGETS),
     ("dequantize", &TARGETS),
     ("double_quant", &TARGETS),
     ("panel", &TARGETS),
     ("matmul4_plain", &TARGETS),
     ("matmul4_mma", &SINCE_AMPERE),
+    ("matmul4_broad", &SINCE_AMPERE),
     ("matmul4_skinny", &HOPPER),
     ("matmul4_mid", &HOPPER),
     ("matmul4_wgmma", &HOPPER),

@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use crate::matmul4_instances::{MID, SCALES, SKINNY, TYPES, Tokens, WIDE};
+use crate::matmul4_instances::{BROAD, MID, SCALES, SKINNY, TYPES, Tokens, WIDE};
 
 /// The header's text.
 pub fn header() -> crate::Result<String> {
@@ -48,6 +48,18 @@ pub fn header() -> crate::Result<String> {
                 text,
                 " \\\n    MID(matmul4_mid_{name}_{kind}_{scales}, {element}, {nested}, {columns}, {groups}, {halves}, {split}, \
                  {codes}, {tokens})"
+            )?;
+        }
+        Ok(())
+    })?;
+    text.push_str("\n#define BROAD_INSTANCES");
+    for_types(|kind, element, scales, nested| {
+        let scales_of = if nested { "NestedScales" } else { "PlainScales" };
+        for b in BROAD {
+            let (columns, slots) = (b.columns, b.token_slots);
+            write!(
+                text,
+                " \\\n    BROAD(matmul4_broad_{columns}_{kind}_{scales}, {element}, {scales_of}, {columns}, {slots})"
             )?;
         }
         Ok(())

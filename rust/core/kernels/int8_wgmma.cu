@@ -13,6 +13,8 @@
 // other way 3 to 17 % slower, so there are instances without; but only the device knows how many columns there are.
 #include "hopper.cuh"
 #include "int8_outliers.cuh"
+
+constexpr int CLUSTER = 2;  // blocks
 #include "runs.cuh"
 
 constexpr int ROWS = 128;  // of a block; a warpgroup has half

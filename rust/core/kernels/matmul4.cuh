@@ -60,12 +60,13 @@ struct PairTable {
         }
     }
 
-    // The entry of byte INDEX of a word. `lane_base` is the table's address plus four times the lane.
+    // The entry of byte INDEX of a word. `lane_base` is the table's address plus four times the lane; with `start` less that of `start`,
+    // so that a table may start where it likes.
     template <int INDEX>
-    static __device__ __forceinline__ unsigned look_up(unsigned word, unsigned lane_base) {
-        if (STRIDE == 256) return load_shared(permute_bytes(word, lane_base, 0x7604 | INDEX << 4));
+    static __device__ __forceinline__ unsigned look_up(unsigned word, unsigned lane_base, unsigned start = 0) {
+        if (STRIDE == 256) return load_shared(start + permute_bytes(word, lane_base, 0x7604 | INDEX << 4));
         constexpr int SHIFT = 8 * INDEX - 7;  // the byte comes to bits 7 ... 14
         const unsigned shifted = SHIFT < 0 ? word << (SHIFT < 0 ? -SHIFT : 0) : word >> (SHIFT < 0 ? 0 : SHIFT);
-        return load_shared((shifted & 0x7f80u) | lane_base);
+        return load_shared(start + ((shifted & 0x7f80u) | lane_base));
     }
 };

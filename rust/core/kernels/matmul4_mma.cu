@@ -8,56 +8,11 @@
 // Fragments, their order and the table: matmul4_fragments.cuh. As in matmul4_skinny.cu WARPS warps share a tile along k and add their
 // sums in a fixed order; here every lane copies its part of the ring asynchronously, and lane (g, t) loads the scales of rows 2 g and 2 g + 1 of 64-block t
 // and hands them on by shuffles.
-#include "matmul4_fragments.cuh"
+#include "matmul4_direct.cuh"
 
 constexpr int WARPS = 8;
 constexpr int DEPTH = 3;  // stages of a warp's ring: with the table that fits 99 KB of shared memory
 constexpr int SLOT = TILE * STAGE_BYTES;
-
-struct Problem {
-    const void* x;
-    const u8* codes;
-    const void* absmax;  // float32, or u8 where nested
-    NestedSource nested;
-    const void* bias;  // n of E, or null
-    void* y;
-    i64 m, n, k;
-    int log2_blocksize, quant_type;
-};
-
-// The float32 scale of a block. Loads and arithmetic are apart, so that the loads can be under way early.
-struct PlainScales {
-    typedef float Raw;
-    static constexpr bool NESTED = false;
-    const float* absmax;
-    float inverse_factor;
-
-    __device__ __forceinline__ PlainScales(const Problem& p, const float*, float inverse_factor)
-        : absmax((const float*)p.absmax), inverse_factor(inverse_factor) {}
-    __device__ __forceinline__ Raw none() const { return 0.0f; }
-    __device__ __forceinline__ Raw load(i64 block) const { return __ldg(absmax + block); }
-    __device__ __forceinline__ float value(Raw raw) const { return raw * inverse_factor; }
-};
-
-struct NestedScales {
-    struct Raw {
-        unsigned code;  // 256 where there is no block
-        float absmax;
-    };
-    static constexpr bool NESTED = true;
-    const u8* codes;
-    const float* code;  // 256 values in shared memory
-    NestedSource source;
-    float offset, inverse_factor;
-
-    __device__ __forceinline__ NestedScales(const Problem& p, const float* code, float inverse_factor)
-        : codes((const u8*)p.absmax), code(code), source(p.nested), offset(__ldg(p.nested.offset)), inverse_factor(inverse_factor) {}
-    __device__ __forceinline__ Raw none() const { return Raw{256, 0.0f}; }
-    __device__ __forceinline__ Raw load(i64 block) const { return Raw{__ldg(codes + block), source.absmax_of(block)}; }
-    __device__ __forceinline__ float value(Raw raw) const {
-        return raw.code > 255 ? 0.0f : nested_scale(code[raw.code], raw.absmax, offset) * inverse_factor;
-    }
-};
 
 template <class E, class Scales, int NT>
 struct Few {

@@ -16,6 +16,8 @@
 // How the clusters' pieces end together: runs.cuh.
 #include "matmul4_hopper.cuh"
 #include "matmul4_instances.cuh"
+
+constexpr int CLUSTER = 2;  // blocks
 #include "runs.cuh"
 
 constexpr int ROWS = 128;          // of a block; a warpgroup has half

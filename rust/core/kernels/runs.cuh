@@ -3,11 +3,9 @@
 // So that all clusters end together, each first takes some whole tiles in turn, then an equal run of what is left, counted in slots
 // of codes: a run may begin and end within a tile. Whoever has a tile's last slots adds what those before have left in memory, in a
 // fixed order, and writes. A cluster does its run from behind: it leaves its part of a tile before it waits for a part, and waits
-// for clusters of lower number only, which therefore run or have run.
+// for clusters of lower number only, which therefore run or have run. How many blocks a cluster has, whoever includes this says: CLUSTER.
 #pragma once
 #include "element.cuh"
-
-constexpr int CLUSTER = 2;  // blocks
 
 // How tiles are dealt out. Clusters of number c take tiles c, c + C, ... `rounds` times and then their run of the rest.
 struct Split {

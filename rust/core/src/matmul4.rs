@@ -81,14 +81,14 @@ fn check_forced() -> Result<()> {
     Err(Error::argument("FEWBITS_MATMUL4", name, format!("one of {}", known.join(", "))))
 }
 
-/// Bytes of the target's memory that help the product of `m` rows with a weight of `n` x `k`. What they hold does not matter.
+/// Bytes of the target's memory that help the product of `m` rows with a weight. What they hold does not matter.
 ///
 /// # Errors
 /// A driver failure.
-pub fn workspace_size(m: usize, n: usize, k: usize, target: Target) -> Result<usize> {
+pub fn workspace_size(weight: Weight, m: usize, target: Target) -> Result<usize> {
     match target {
         Target::Cpu { .. } => Ok(0),
-        Target::Cuda { device, .. } => cuda::matmul4::workspace_size(m, n, k, device),
+        Target::Cuda { device, .. } => cuda::matmul4::workspace_size(weight, m, device),
     }
 }
 
@@ -134,6 +134,14 @@ impl Kept {
     /// Keeps a weight.
     pub fn new(weight: Weight) -> Self {
         Self { weight, settled: Settled::default() }
+    }
+
+    /// As the function [`workspace_size`].
+    ///
+    /// # Errors
+    /// As that.
+    pub fn workspace_size(&self, m: usize, target: Target) -> Result<usize> {
+        workspace_size(self.weight, m, target)
     }
 
     /// As [`matmul_4bit`]. From the second call with a `version` on, the kernel may start with the weight before the previous one has

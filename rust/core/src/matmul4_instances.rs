@@ -139,6 +139,21 @@ const fn mid(columns: u32, [groups, halves, split]: [u32; 3], slots: [u32; 2], s
     Mid { columns, groups, halves, split, code_slots: slots[0], token_slots: slots[1], step_us, fixed_us }
 }
 
+/// Template arguments of matmul4_broad.cu.
+#[derive(Debug, Clone, Copy)]
+pub struct Broad {
+    /// Tokens of a tile.
+    pub columns: u32,
+    /// Slots of 128 columns of tokens.
+    pub token_slots: u32,
+    /// Microseconds of 64 columns of a tile on an H200.
+    pub step_us: f64,
+}
+
+/// All of them.
+pub const BROAD: [Broad; 2] =
+    [Broad { columns: 32, token_slots: 2, step_us: 0.54 }, Broad { columns: 64, token_slots: 2, step_us: 0.70 }];
+
 /// Types of the activations that they take, as kernels are named.
 pub const TYPES: [&str; 2] = ["f16", "bf16"];
 /// The same for the block scales.

@@ -178,7 +178,7 @@ impl Int8Product {
 
     /// How an instance of int8_wgmma.cu deals out its tiles.
     pub fn runs(self, m: usize, n: usize, k: usize, multiprocessors: usize, workspace: bool) -> Runs {
-        Runs::deal(self.tiles(m, n, k), multiprocessors, self.cost(), workspace)
+        Runs::deal(self.tiles(m, n, k), multiprocessors / 2, self.cost(), workspace)
     }
 
     /// The launches of an instance of int8_wgmma.cu where there is a mask: one for few columns and one for many gain 2 to 7 %, and take
@@ -190,7 +190,7 @@ impl Int8Product {
 
     /// Bytes that it needs for that.
     pub fn workspace_size(self, m: usize, n: usize, k: usize, multiprocessors: usize) -> usize {
-        self.columns().map_or(0, |columns| self.runs(m, n, k, multiprocessors, true).workspace_size(128 * columns))
+        self.columns().map_or(0, |columns| self.runs(m, n, k, multiprocessors, true).workspace_size(2, 128 * columns))
     }
 }
 

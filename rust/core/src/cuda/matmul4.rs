@@ -1,11 +1,12 @@
-//! Launches of matmul4_plain.cu, matmul4_mma.cu, matmul4_skinny.cu, matmul4_mid.cu and matmul4_wgmma.cu.
+//! Launches of matmul4_plain.cu, matmul4_mma.cu, matmul4_broad.cu, matmul4_skinny.cu, matmul4_mid.cu and matmul4_wgmma.cu.
 
 use std::ffi::c_void;
 
-use super::device::device;
+use super::device::{Device, device};
 use super::kernel::Kernel;
 use super::launch::{Grid, Launch, arguments};
 use super::matmul4_choice as choice;
+use super::matmul4_elsewhere::{Cores, broad_runs, elsewhere};
 use super::product::{Product, mid_tiles};
 use super::tensor_map::{Element, Matrix, TensorMap};
 use crate::blockwise::Absmax;
@@ -34,9 +35,9 @@ impl NestedSource {
     }
 }
 
-/// kernels/matmul4_plain.cu and kernels/matmul4_mma.cu
+/// kernels/matmul4_plain.cu and kernels/matmul4_direct.cuh
 #[repr(C)]
-struct PlainProblem {
+struct DirectProblem {
     x: u64,
     codes: u64,
     absmax: u64,
@@ -112,14 +113,8 @@ fn weight_matrices(weight: &Weight, rows: u32) -> [Matrix; 2] {
     ]
 }
 
-fn token_matrix(weight: &Weight, rows: &Rows, tokens: u32) -> Matrix {
-    Matrix {
-        address: rows.x,
-        element: Element::U16,
-        shape: (rows.m, weight.k),
-        box_shape: (tokens, 64),
-        swizzled: true,
-    }
+fn token_matrix(weight: &Weight, x: u64, m: usize, tokens: u32) -> Matrix {
+    Matrix { address: x, element: Element::U16, shape: (m, weight.k), box_shape: (tokens, 64), swizzled: true }
 }
 
 /// Whether tensor cores take the problem: 16-bit activations, and blocks of at least 64 columns that lie within a row.
@@ -129,11 +124,26 @@ fn fits_tensor_cores(weight: &Weight, rows: &Rows) -> bool {
     rows.dtype != Dtype::F32 && within && aligned
 }
 
-/// Whether the Hopper kernels do: rows that the copy engine can read, and sizes of 30 bits.
-fn fits_hopper(weight: &Weight, rows: &Rows) -> bool {
+/// Whether the Hopper kernels then do as well: rows that the copy engine can read, and sizes of 30 bits.
+fn fits_hopper(weight: &Weight, m: usize) -> bool {
     weight_matrices(weight, 1).iter().all(Matrix::is_copyable)
-        && token_matrix(weight, rows, 1).is_copyable()
-        && weight.n.max(weight.k).max(rows.m) < 1 << 30
+        && token_matrix(weight, 0, m, 1).is_copyable()
+        && weight.n.max(weight.k).max(m) < 1 << 30
+}
+
+/// The kernel that multiplies `m` tokens with a weight; none where the caller dequantizes panels.
+fn choose(weight: &Weight, m: usize, tensor_cores: bool, device: &Device) -> Option<Product> {
+    let cores = match device.major {
+        _ if !tensor_cores => Cores::None,
+        9 | 10 => Cores::FastMemory,
+        _ => Cores::SlowMemory,
+    };
+    let (n, k, multiprocessors) = (weight.n, weight.k, device.multiprocessors as usize);
+    if tensor_cores && device.is_hopper() && fits_hopper(weight, m) {
+        choice::on_hopper(m, n, k, matches!(weight.absmax, Absmax::Nested { .. }), multiprocessors)
+    } else {
+        elsewhere(m, n, k, cores, multiprocessors)
+    }
 }
 
 /// # Safety
@@ -142,18 +152,14 @@ pub unsafe fn matmul_4bit(weight: Weight, rows: Rows, ordinal: usize, stream: u6
     let device = device(ordinal)?;
     let tensor_cores = device.major >= 8 && fits_tensor_cores(&weight, &rows);
     let multiprocessors = device.multiprocessors as usize;
-    let product = if tensor_cores && device.is_hopper() && fits_hopper(&weight, &rows) {
-        let nested = matches!(weight.absmax, Absmax::Nested { .. });
-        choice::on_hopper(rows.m, weight.n, weight.k, nested, multiprocessors)
-    } else {
-        choice::elsewhere(rows.m, tensor_cores)
-    };
-    let Some(product) = product else { return Ok(false) };
+    let Some(product) = choose(&weight, rows.m, tensor_cores, device) else { return Ok(false) };
     let call = Call { weight: &weight, rows: &rows, product, device: ordinal, stream, multiprocessors };
     // SAFETY: the caller's promise, handed on.
     unsafe {
         match product {
-            Product::Plain | Product::Mma(_) => call.plain()?,
+            Product::Plain => call.few(8)?,
+            Product::Mma(_) => call.few(16)?,
+            Product::Broad(instance) => call.broad(instance)?,
             Product::Skinny(instance) => call.skinny(instance)?,
             Product::Mid(instance) => call.mid(instance)?,
             Product::Wide(instance) => call.wide(instance)?,
@@ -162,16 +168,11 @@ pub unsafe fn matmul_4bit(weight: Weight, rows: Rows, ordinal: usize, stream: u6
     Ok(true)
 }
 
-/// See [`crate::matmul4::workspace_size`].
-pub fn workspace_size(m: usize, n: usize, k: usize, ordinal: usize) -> Result<usize> {
+/// See [`crate::matmul4::workspace_size`]. Products that need one are those of tensor cores.
+pub fn workspace_size(weight: Weight, m: usize, ordinal: usize) -> Result<usize> {
     let device = device(ordinal)?;
-    let multiprocessors = device.multiprocessors as usize;
-    Ok(match choice::on_hopper(m, n, k, false, multiprocessors) {
-        Some(Product::Wide(instance)) if device.is_hopper() => {
-            choice::wide_workspace_size(instance, m, n, k, multiprocessors)
-        }
-        _ => 0,
-    })
+    let product = choose(&weight, m, device.major >= 8, device);
+    Ok(choice::workspace_size(product, m, weight.n, weight.k, device.multiprocessors as usize))
 }
 
 fn describe(weight: &Weight, rows: &Rows) -> String {
@@ -206,9 +207,9 @@ impl Call<'_> {
         unsafe { launch.run(arguments) }
     }
 
-    unsafe fn plain(&self) -> Result<()> {
+    fn direct_problem(&self) -> DirectProblem {
         let (weight, rows) = (self.weight, self.rows);
-        let problem = PlainProblem {
+        DirectProblem {
             x: rows.x,
             codes: weight.codes,
             absmax: weight.absmax.first_address(),
@@ -220,11 +221,25 @@ impl Call<'_> {
             k: weight.k as i64,
             log2_blocksize: weight.blocksize.trailing_zeros() as i32,
             quant_type: weight.quant_type as i32,
-        };
-        // Rows of a block at a time: one a warp, or a tile.
-        let block_rows = if self.product == Product::Plain { 8 } else { 16 };
+        }
+    }
+
+    /// Blocks take so many rows of W at a time: one a warp, or a tile.
+    unsafe fn few(&self, block_rows: usize) -> Result<()> {
+        let (problem, grid) = (self.direct_problem(), Grid::Resident(self.weight.n.div_ceil(block_rows) as u64));
         // SAFETY: the parameter of matmul4_plain.cu's and matmul4_mma.cu's kernels; memory by the caller's promise.
-        unsafe { self.launch(arguments![problem], Grid::Resident(weight.n.div_ceil(block_rows) as u64)) }
+        unsafe { self.launch(arguments![problem], grid) }
+    }
+
+    unsafe fn broad(&self, instance: usize) -> Result<()> {
+        let (weight, rows) = (self.weight, self.rows);
+        let shared = rows.workspace != 0;
+        let runs = broad_runs(instance, rows.m, weight.n, weight.k, self.multiprocessors, shared);
+        let split = runs.split(rows.workspace);
+        let (problem, grid) = (self.direct_problem(), Grid::Pieces(runs.clusters as u64));
+        // SAFETY: the parameters of matmul4_broad.cu's kernels; memory by the caller's promise, and the workspace has the size that the
+        // same split asks for.
+        unsafe { self.launch(arguments![problem, split], grid) }
     }
 
     unsafe fn skinny(&self, instance: usize) -> Result<()> {
@@ -234,7 +249,7 @@ impl Call<'_> {
         let problem = SkinnyProblem {
             codes: codes.map()?,
             scales: scales.map()?,
-            tokens: token_matrix(weight, rows, 8 * shape.eights).map()?,
+            tokens: token_matrix(weight, rows.x, rows.m, 8 * shape.eights).map()?,
             x: rows.x,
             nested: NestedSource::new(weight.absmax),
             bias: rows.bias,
@@ -279,7 +294,7 @@ fn problem(weight: &Weight, rows: &Rows, box_rows: u32, box_tokens: u32) -> Resu
     Ok(HopperProblem {
         codes: codes.map()?,
         scales: scales.map()?,
-        tokens: token_matrix(weight, rows, box_tokens).map()?,
+        tokens: token_matrix(weight, rows.x, rows.m, box_tokens).map()?,
         nested: NestedSource::new(weight.absmax),
         bias: rows.bias,
         y: rows.out,

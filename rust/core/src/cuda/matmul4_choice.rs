@@ -1,10 +1,11 @@
-//! Which kernel multiplies with a 4-bit weight: the one rule. `None` means that the caller dequantizes panels of the weight and
+//! Which kernel multiplies with a 4-bit weight on Hopper: the one rule (elsewhere: matmul4_elsewhere.rs). `None` means that the caller dequantizes panels of the weight and
 //! multiplies with torch's own product.
 
-use super::product::{MMA, Product, mid_tiles, wide_tiles};
+use super::matmul4_elsewhere::broad_runs;
+use super::product::{Product, mid_tiles, wide_tiles};
 use super::runs::{Cost, Runs, Tiles};
 use crate::matmul4::{PANELS, forced_name};
-use crate::matmul4_instances::{MID, SKINNY, STAGE, WIDE};
+use crate::matmul4_instances::{BROAD, MID, SKINNY, STAGE, WIDE};
 
 /// For `m` tokens and a weight of `n` x `k` on Hopper: the shortest of the estimates below.
 pub fn on_hopper(m: usize, n: usize, k: usize, nested: bool, multiprocessors: usize) -> Option<Product> {
@@ -22,16 +23,6 @@ pub fn on_hopper(m: usize, n: usize, k: usize, nested: bool, multiprocessors: us
         .map(|product| (Some(product), microseconds(product, m, n, k, multiprocessors)));
     let panels = (None, panels_us(m, n, k));
     sixteen.into_iter().chain(others).fold(panels, |best, next| if next.1 < best.1 { next } else { best }).0
-}
-
-/// Where Hopper's kernels do not take the problem, with or without tensor cores.
-pub fn elsewhere(m: usize, tensor_cores: bool) -> Option<Product> {
-    let mma = (tensor_cores && m <= 8 * MMA).then(|| Product::Mma(m.div_ceil(8) - 1));
-    match forced_name() {
-        Some(PANELS) => None,
-        Some("plain") => Some(Product::Plain),
-        _ => mma.or_else(|| (m <= 8).then_some(Product::Plain)),
-    }
 }
 
 /// Instances of matmul4_skinny.cu. Where a warp need not take a second tile, the fewest warps that share one: those go through the
@@ -72,6 +63,20 @@ fn skinny(m: usize, n: usize, k: usize, nested: bool, multiprocessors: usize) ->
     SKINNY.iter().position(|instance| instance.name == name).unwrap_or(0)
 }
 
+/// Bytes that `product` needs to meet the parts of tiles in.
+pub fn workspace_size(product: Option<Product>, m: usize, n: usize, k: usize, multiprocessors: usize) -> usize {
+    let sums = |columns: u32| 128 * columns as usize;
+    match product {
+        Some(Product::Broad(instance)) => {
+            broad_runs(instance, m, n, k, multiprocessors, true).workspace_size(1, sums(BROAD[instance].columns))
+        }
+        Some(Product::Wide(instance)) => {
+            wide_runs(instance, m, n, k, multiprocessors, true).workspace_size(2, sums(WIDE[instance].columns))
+        }
+        _ => 0,
+    }
+}
+
 /// Microseconds on an H200: so many rounds of tiles, each of so many steps of 64 columns, and what comes before and after. The
 /// constants were measured at k = 4096 and 14336.
 fn microseconds(product: Product, m: usize, n: usize, k: usize, multiprocessors: usize) -> f64 {
@@ -108,13 +113,7 @@ fn wide_shape(instance: usize, m: usize, n: usize, k: usize) -> Tiles {
 
 /// How an instance of matmul4_wgmma.cu deals out its tiles. Without a workspace they stay whole.
 pub fn wide_runs(instance: usize, m: usize, n: usize, k: usize, multiprocessors: usize, workspace: bool) -> Runs {
-    Runs::deal(wide_shape(instance, m, n, k), multiprocessors, wide_cost(instance), workspace)
-}
-
-/// Bytes that they need for it.
-pub fn wide_workspace_size(instance: usize, m: usize, n: usize, k: usize, multiprocessors: usize) -> usize {
-    let sums = 128 * WIDE[instance].columns as usize;
-    wide_runs(instance, m, n, k, multiprocessors, true).workspace_size(sums)
+    Runs::deal(wide_shape(instance, m, n, k), multiprocessors / 2, wide_cost(instance), workspace)
 }
 
 /// The same for panels: dequantization at 1.07 times its floor, then the product in 16 bits at 4 TB/s or 800 TFLOP/s.
@@ -125,7 +124,7 @@ fn panels_us(m: usize, n: usize, k: usize) -> f64 {
     dequantize + 4.0 + product
 }
 
-fn by_name(name: &str) -> Option<Product> {
+pub fn by_name(name: &str) -> Option<Product> {
     Product::all().find(|product| product.name() == name)
 }
 

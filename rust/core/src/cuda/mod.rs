@@ -12,6 +12,7 @@ mod kernel;
 mod launch;
 pub(crate) mod matmul4;
 pub(crate) mod matmul4_choice;
+mod matmul4_elsewhere;
 pub(crate) mod optim;
 mod optim_kernels;
 pub(crate) mod panel;

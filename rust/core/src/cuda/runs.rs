@@ -1,4 +1,4 @@
-//! How tiles are dealt out to persistent clusters of two blocks (kernels/runs.cuh): whole ones first, then equal runs of what is left.
+//! How tiles are dealt out to persistent clusters of blocks (kernels/runs.cuh): whole ones first, then equal runs of what is left.
 
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::sync::OnceLock;
@@ -42,9 +42,9 @@ impl Runs {
         Self { clusters, rounds, rest: tiles.saturating_sub(rounds * clusters) }
     }
 
-    /// The faster of whole tiles and runs. Without a workspace tiles stay whole.
-    pub fn deal(tiles: Tiles, multiprocessors: usize, cost: Cost, workspace: bool) -> Self {
-        let (count, most) = (tiles.count, (multiprocessors / 2).max(1));
+    /// The faster of whole tiles and runs, for `most` clusters. Without a workspace tiles stay whole.
+    pub fn deal(tiles: Tiles, most: usize, cost: Cost, workspace: bool) -> Self {
+        let (count, most) = (tiles.count, most.max(1));
         let whole = Self::new(count, most.min(count), count.div_ceil(most));
         if !workspace || count.is_multiple_of(most) {
             return whole;
@@ -69,9 +69,9 @@ impl Runs {
         whole * (cost.tile_us + slots * cost.slot_us) + run * cost.slot_us + ends
     }
 
-    /// Bytes of the flags and of the sums of every block, of which each has so many.
-    pub fn workspace_size(self, sums: usize) -> usize {
-        if self.rest == 0 { 0 } else { 2 * self.clusters * (64 + 4 * sums) }
+    /// Bytes of the flags and of the sums of every block: of how many in a cluster, and how many of each.
+    pub fn workspace_size(self, blocks: usize, sums: usize) -> usize {
+        if self.rest == 0 { 0 } else { blocks * self.clusters * (64 + 4 * sums) }
     }
 
     /// What the kernel gets.
