@@ -12,6 +12,9 @@ use crate::nvrtc::Nvrtc;
 /// Products stay products: CPU and GPU must agree to the last bit, so nothing is fused that the source does not fuse.
 const OPTIONS: [&str; 3] = ["--std=c++17", "--fmad=false", "--extra-device-vectorization"];
 
+/// The best that there is: the wheel holds little else.
+const QUALITY: i32 = 11;
+
 /// A kernel file and the headers that it includes, itself or by way of others.
 #[derive(Clone)]
 pub struct Sources {
@@ -48,7 +51,7 @@ fn included(line: &str) -> Option<&str> {
 pub fn write(nvrtc: &Nvrtc, out: &Path, target: &str, sources: &Sources) -> Result<()> {
     let Sources { family, text, headers } = sources;
     let mut hasher = DefaultHasher::new();
-    (text, headers, target, OPTIONS, &nvrtc.version).hash(&mut hasher);
+    (text, headers, target, OPTIONS, QUALITY, &nvrtc.version).hash(&mut hasher);
     let stamp = format!("{:016x}", hasher.finish());
     let (stamp_path, image_path) =
         (out.join(format!("{family}.{target}.stamp")), out.join(format!("{family}.{target}.br")));
@@ -78,7 +81,7 @@ fn compile(nvrtc: &Nvrtc, target: &str, sources: &Sources) -> Result<Vec<u8>> {
     let image = nvrtc.compile(&format!("{}.cu", sources.family), &sources.text, &sources.headers, target, &OPTIONS)?;
     // Half of what zlib makes of it: instances of a template repeat each other further back than its window reaches.
     let parameters =
-        brotli::enc::BrotliEncoderParams { quality: 10, lgwin: 24, size_hint: image.len(), ..Default::default() };
+        brotli::enc::BrotliEncoderParams { quality: QUALITY, lgwin: 24, size_hint: image.len(), ..Default::default() };
     let mut packed = Vec::new();
     brotli::BrotliCompress(&mut image.as_slice(), &mut packed, &parameters)?;
     Ok(packed)
