@@ -16,67 +16,24 @@
 // (i % 2) * 4 + i / 2 of eight, so that the two rows that lanes read together differ in what the swizzle exchanges: no bank conflict.
 //
 // Shared memory, wavefronts for 16 rows of 64 columns: 8 to read W and 4 for eight tokens; the copy engine writes 8 (and 4).
-#include "int8_code.cuh"
-#include "int8_gather.cuh"
-#include "tensor_map.cuh"
-
-constexpr int WARPS = 8, THREADS = WARPS * WARP;
-constexpr int BOX = 128;     // columns, and bytes, of a box
-constexpr int LIST = 32;     // outlier columns that are few
-constexpr int OWN_BYTES = 64 * 1024;
-
-struct Problem {
-    TensorMap weight;  // n x k bytes; boxes of 16 * RT x 128, swizzled by 128 bytes
-    TensorMap codes;   // m x k bytes; boxes of 8 * NT x 128, swizzled by 128 bytes; where they are copied
-    Operands o;        // codes and row_scale only where they are copied
-    float threshold;   // where they are not
-    // The previous kernel has quantized the rows as few ones: it lets this one start no sooner than W can be read, and each row has a
-    // mask of its own.
-    int after_rows;
-};
-
-enum Tokens { OWN, KEPT, COPIED };
+#include "int8_listed.cuh"
+#include "int8_own_rows.cuh"
 
 constexpr int FIRST = 2;  // stages of a warp that are asked for while the rows are being quantized
 
 template <class E, Tokens MODE, int NT, int RT, int DEPTH>
-struct Skinny {
-    typedef typename E::storage storage;
-    static constexpr int TOKENS = 8 * NT, ROWS = 16 * RT, BOXES = 2 / RT, STAGE = BOX * BOXES;
-    static constexpr int WEIGHT = ROWS * STAGE, SLOT = WEIGHT + (MODE == COPIED ? TOKENS * STAGE : 0);
-    static constexpr int ELEMENTS = (ROWS * TOKENS + THREADS - 1) / THREADS;  // results of a thread
-    static constexpr int PITCH = ROWS + 8;  // of sums: the fragments' lanes meet all banks
-
-    static constexpr int WORDS = STAGE / 32;  // of the mask, of a stage
-    typedef ::Gather<E, NT, RT, WORDS> Gather;
-
-    // What a tile has in outlier columns: where they are few, the four bytes around each of W.
-    union Outliers {
-        float gathered[TOKENS * PITCH];
-        unsigned weight[LIST][ROWS];
-    };
-    // What is kept of tiles until their ends. Outliers are asked for a tile ahead, while the tile before may still be read.
-    struct Tiles {
-        int sum[2][TOKENS * PITCH];
-        Outliers outliers[3];
-    };
-    // What the block knows of the tokens and their outliers.
-    struct Known {
-        unsigned absmax[TOKENS];  // bits of the row scales
-        float residual[LIST][TOKENS];
-        int columns[LIST];
-        int counts[2][WARPS];
-        int count;  // of outlier columns in the list: of all, or 0 where they are many
-        bool many;
-    };
-    static constexpr int MASK_BYTES = OWN_BYTES / 8 / (MODE == OWN ? 1 : TOKENS);
-    // From the bottom, after what the system takes: barriers, tiles, what is known, rings; own tokens, their mask.
-    static constexpr int TILES = 512, KNOWN = TILES + sizeof(Tiles), RING = (KNOWN + sizeof(Known) + 1023) / 1024 * 1024;
-    static constexpr int OWN_AT = RING + WARPS * DEPTH * SLOT, BYTES = OWN_AT + (MODE == COPIED ? 0 : OWN_BYTES + MASK_BYTES);
-    static constexpr int TOKEN_BARRIERS = 256;
-    static_assert(WARPS * DEPTH * 8 <= TOKEN_BARRIERS, "room for the barriers");
-
-    static __device__ __forceinline__ int padded(const Operands& o) { return ((int)o.k + STAGE - 1) / STAGE * STAGE; }
+struct Skinny : SkinnyLayout<E, MODE, NT, RT, DEPTH> {
+    typedef SkinnyLayout<E, MODE, NT, RT, DEPTH> Layout;
+    typedef typename Layout::storage storage;
+    typedef typename Layout::Gather Gather;
+    typedef typename Layout::Outliers Outliers;
+    typedef typename Layout::Tiles Tiles;
+    typedef typename Layout::Known Known;
+    typedef ListedColumns<Layout> Listed;
+    typedef OwnRows<Layout> Own;
+    using Layout::BOXES, Layout::ELEMENTS, Layout::KNOWN, Layout::OWN_AT, Layout::PITCH, Layout::RING, Layout::ROWS, Layout::SLOT;
+    using Layout::STAGE, Layout::TILES, Layout::TOKENS, Layout::TOKEN_BARRIERS, Layout::WEIGHT, Layout::WORDS;
+    using Layout::kept, Layout::padded;
 
     // Where a warp is: a tile of rows and a stage of columns, and what follows.
     struct Place {
@@ -104,146 +61,6 @@ struct Skinny {
 #pragma unroll
             for (int b = 0; b < BOXES; b++) copy_box(tokens + (box + b) * TOKENS * BOX, &p.codes, (box + b) * BOX, 0, barrier);
         }
-    }
-
-    // Rows of tokens that are kept: of own ones, a power of two of at least m. Fragments take each more than once.
-    static __device__ __forceinline__ int kept(const Operands& o) { return MODE != OWN ? TOKENS : o.m > 4 ? 8 : o.m > 2 ? 4 : (int)o.m; }
-
-    // Where 16 own codes from a column on lie.
-    static __device__ __forceinline__ int own_place(int token, int column, int rows) {
-        return (column / BOX * rows + token) * BOX + (((column / 16 % 8) ^ token) << 4);
-    }
-
-    // What a warp quantizes of x: a row, or a share of one. Vectors are whole: k is a multiple of 16.
-    struct Share {
-        const uint4* from;
-        int rows, token, first, step, vectors, padded;  // lanes take vectors first, first + step ...; past the last they are 0
-
-        __device__ __forceinline__ explicit Share(const Operands& o) : rows(kept(o)) {
-            const int warp = threadIdx.x / WARP;
-            token = warp & (rows - 1), first = warp / rows * WARP + threadIdx.x % WARP, step = WARPS / rows * WARP;
-            from = reinterpret_cast<const uint4*>((const storage*)o.x + token * o.k);
-            vectors = token < o.m ? (int)o.k / E::PER_VECTOR : 0, padded = token < o.m ? Skinny::padded(o) / E::PER_VECTOR : 0;
-        }
-
-        template <int COUNT>
-        __device__ __forceinline__ void load(uint4 (&v)[COUNT], int turn) const {
-#pragma unroll
-            for (int i = 0; i < COUNT; i++) {
-                const int at = first + (turn * COUNT + i) * step;
-                v[i] = at < vectors ? from[at] : make_uint4(0, 0, 0, 0);
-            }
-        }
-    };
-
-    // Quantizes the rows of x, COUNT vectors of a lane at a time; where these are all it has, they are read once. W is asked for after the
-    // first of them.
-    template <int COUNT, class Ask>
-    static __device__ __forceinline__ void quantize(const Problem& p, const Share& share, unsigned char* tokens, Known& known,
-                                                    unsigned* mask, const Ask& ask_weight) {
-        constexpr int N = E::PER_VECTOR;
-        const Threshold threshold(p.threshold);
-        const int turns = (share.padded - share.first + COUNT * share.step - 1) / (COUNT * share.step);
-        unsigned largest = 0;
-        uint4 v[COUNT];
-        share.load(v, 0);
-        ask_weight();
-        for (int turn = 0; turn < turns; turn++) {
-            if (turn > 0) share.load(v, turn);
-#pragma unroll
-            for (int i = 0; i < COUNT; i++) {
-                unsigned outliers = 0;
-                largest = max(largest, take_outliers<E>(v[i], threshold, outliers));
-                const int at = share.first + (turn * COUNT + i) * share.step;
-                if (outliers) atomicOr(mask + at * N / 32, outliers << at * N % 32);
-            }
-        }
-        largest = warp_max(largest);
-        if (threadIdx.x % WARP == 0) atomicMax(&known.absmax[share.token], largest);
-        __syncthreads();
-        const RowCode code(known.absmax[share.token]);
-        for (int turn = 0; turn < turns; turn++) {
-            if (turns > 1) share.load(v, turn);
-#pragma unroll
-            for (int i = 0; i < COUNT; i++) {
-                const int at = share.first + (turn * COUNT + i) * share.step;
-                if (at >= share.padded) break;
-                unsigned outliers = 0;
-                if (turns > 1) take_outliers<E>(v[i], threshold, outliers);
-                write_codes<E>(reinterpret_cast<i8*>(tokens + own_place(share.token, at * N, share.rows) + at * N % 16), v[i], code);
-            }
-        }
-    }
-
-    // What a thread reads of listed columns and stores before the first tile's end: one token, every COLUMN_STEPth column.
-    static constexpr int COLUMN_STEP = THREADS / TOKENS, COLUMNS = LIST / COLUMN_STEP;
-    struct LeftOver {
-        float scale;       // of the token
-        storage x[COLUMNS];
-        i8 code[COLUMNS];
-
-        static __device__ __forceinline__ int token() { return threadIdx.x % TOKENS; }
-        static __device__ __forceinline__ int column(int i) { return i * COLUMN_STEP + threadIdx.x / TOKENS; }
-
-        __device__ __forceinline__ void ask_scale(const Operands& o) { scale = token() < o.m ? o.row_scale[token()] : 0.0f; }
-
-        __device__ __forceinline__ void ask(const Operands& o, const unsigned char* tokens, const Known& known) {
-#pragma unroll
-            for (int i = 0; i < COLUMNS; i++) {
-                if (column(i) >= known.count || token() >= o.m) break;
-                const int at = known.columns[column(i)];
-                x[i] = ((const storage*)o.x)[(i64)token() * o.k + at];
-                code[i] = MODE == OWN ? (i8)tokens[own_place(token(), at & ~15, kept(o)) + at % 16] : o.codes[(i64)token() * o.k + at];
-            }
-        }
-
-        __device__ __forceinline__ void store(const Operands& o, Known& known) const {
-            if (MODE != OWN && threadIdx.x < TOKENS) known.absmax[threadIdx.x] = __float_as_uint(scale);
-            const float own = MODE == OWN ? __uint_as_float(known.absmax[token()]) : scale;
-#pragma unroll
-            for (int i = 0; i < COLUMNS; i++) {
-                if (column(i) >= known.count || token() >= o.m) break;
-                known.residual[column(i)][token()] = __fsub_rn(E::widen(x[i]), __fmul_rn((float)code[i], __fmul_rn(own, INVERSE_127)));
-            }
-        }
-    };
-    static_assert(LIST % COLUMN_STEP == 0, "all columns have a thread");
-
-    // Lists the outlier columns, unless they are many. A thread takes a word of the mask at a time; `bits` is its first.
-    static __device__ __forceinline__ void list_outliers(const Operands& o, const unsigned* mask, unsigned bits, Known& known) {
-        const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, words = ((int)o.k + 31) / 32;
-        int total = 0, turn = 0;
-        for (int first = 0; first < words && total <= LIST; first += THREADS, turn ^= 1) {
-            const int word = first + threadIdx.x;
-            if (first > 0) bits = word < words ? mask[word] : 0;
-            int before = __popc(bits);  // up to this thread, within its warp
-#pragma unroll
-            for (int d = 1; d < WARP; d *= 2) {
-                const int other = __shfl_up_sync(FULL_WARP, before, d);
-                if (lane >= d) before += other;
-            }
-            if (lane == WARP - 1) known.counts[turn][warp] = before;
-            before += total - __popc(bits);
-            __syncthreads();
-#pragma unroll
-            for (int w = 0; w < WARPS; w++) {
-                const int count = known.counts[turn][w];
-                total += count;
-                if (w < warp) before += count;
-            }
-            for (; bits && before < LIST; bits &= bits - 1) known.columns[before++] = word * 32 + __ffs(bits) - 1;
-        }
-        if (threadIdx.x == 0) known.many = total > LIST, known.count = total > LIST ? 0 : total;
-        __syncthreads();
-    }
-
-    // Asks for what a tile has in the listed columns, long before its end.
-    static __device__ __forceinline__ void ask_outliers(const Operands& o, const Known& known, Outliers& outliers, int row0) {
-        for (int i = threadIdx.x; i < known.count * ROWS; i += THREADS) {
-            const int column = known.columns[i / ROWS], row = row0 + i % ROWS;
-            if (row < o.n) copy_async4(shared_address(&outliers.weight[i / ROWS][i % ROWS]), o.weight + (row * o.k + (column & ~3)));
-        }
-        commit_copies();
     }
 
     // Halves have sums of their own where there are few: products that follow each other wait for each other.
@@ -372,7 +189,7 @@ struct Skinny {
     // MANY outlier columns have a loop of its own: with their registers and branches the other would be slower.
     template <bool MANY, class AskNext>
     static __device__ __forceinline__ void multiply_tiles(const Problem& p, const Work& work, unsigned ring, unsigned barriers,
-                                                          unsigned own_tokens, const unsigned* mask, Tiles& tiles, Known& known, const LeftOver& left_over,
+                                                          unsigned own_tokens, const unsigned* mask, Tiles& tiles, Known& known, const typename Listed::LeftOver& left_over,
                                                           RowParts parts, const AskNext& ask_next) {
         const Operands& o = p.o;
         const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
@@ -384,11 +201,11 @@ struct Skinny {
             return MANY && lane < WORDS ? kinds.outliers(stage * WORDS + lane) : 0;
         };
         unsigned next_words = words(0);
-        if (!MANY) ask_outliers(o, known, tiles.outliers[0], work.first * ROWS);
+        if (!MANY) Listed::ask_outliers(o, known, tiles.outliers[0], work.first * ROWS);
         for (int tile = 0; tile < work.tiles; tile++) {
             const int row0 = (work.first + tile * gridDim.x) * ROWS;
             const int next_row0 = row0 + gridDim.x * ROWS, next_row = next_row0 + threadIdx.x % ROWS;
-            if (!MANY) ask_outliers(o, known, tiles.outliers[(tile + 1) % 3], next_row0);
+            if (!MANY) Listed::ask_outliers(o, known, tiles.outliers[(tile + 1) % 3], next_row0);
             if (threadIdx.x < ROWS && next_row < o.n) prefetch(o.col_scale + next_row);
             int sum[CHAINS][RT][NT][4] = {};
             Gather gather;
@@ -476,7 +293,7 @@ struct Skinny {
         __syncthreads();
         wait_for_previous_kernel();
         RowParts parts(o, work.first * ROWS + threadIdx.x % ROWS);
-        LeftOver left_over;
+        typename Listed::LeftOver left_over;
         auto ask_weight = [&] {
             if (lane == 0)
                 for (int d = in_flight; d < DEPTH; d++) ask_next(d);
@@ -485,11 +302,11 @@ struct Skinny {
         const int words = marked ? ((int)o.k + 31) / 32 : 0;
         unsigned bits = 0;  // of the mask, this thread's first
         if (MODE == OWN) {
-            const Share share(o);
+            const typename Own::Share share(o);
             if (padded(o) / E::PER_VECTOR <= 4 * share.step)
-                quantize<4>(p, share, tokens, known, own_mask, ask_weight);
+                Own::template quantize<4>(p, share, tokens, known, own_mask, ask_weight);
             else
-                quantize<8>(p, share, tokens, known, own_mask, ask_weight);
+                Own::template quantize<8>(p, share, tokens, known, own_mask, ask_weight);
             __syncthreads();
             if (threadIdx.x < words) bits = own_mask[threadIdx.x];
             if (blockIdx.x == 0)  // for whoever asks which they were
@@ -513,7 +330,7 @@ struct Skinny {
         }
         clear_ready(o);
         if (marked) {
-            list_outliers(o, mask, bits, known);
+            Listed::list_outliers(o, mask, bits, known);
             left_over.ask(o, tokens, known);
         }
 

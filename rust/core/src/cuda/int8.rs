@@ -53,7 +53,7 @@ struct WideProblem {
     operands: Operands,
 }
 
-/// kernels/int8_skinny.cu
+/// kernels/int8_layout.cuh
 #[repr(C)]
 struct SkinnyProblem {
     weight: TensorMap,
