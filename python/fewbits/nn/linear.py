@@ -93,6 +93,8 @@ class Linear4bit(Module4bit, nn.Linear):
         ------
         RuntimeError
             If the weight is not quantized yet.
+        ValueError
+            If the last size of `x` is not K.
         """
         tracing = _is_compiling()
         if not tracing:
@@ -122,6 +124,12 @@ class Linear4bit(Module4bit, nn.Linear):
                     "set compute_dtype (bnb_4bit_compute_dtype) to the dtype of the inputs"
                 )
             _differences.cast_bias(self.bias, input_dtype)
+        columns = self.in_features
+        if x.dim() and x.shape[-1] != columns and state.shape == (self.out_features, columns):
+            # matmul_4bit, which knows no layer, would take the weight for a transposed one where that fits.
+            raise ValueError(
+                f"x: expected a last size of {columns} for this {type(self).__name__}, got {tuple(x.shape)}"
+            )
         if self.compute_dtype is not None:
             x = x.to(self.compute_dtype)
         codes = self.weight if tracing else self.weight.data
