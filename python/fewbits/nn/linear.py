@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fewbits import _prepared
-from fewbits._launch import is_transformed
+from fewbits._launch import is_unusual
 from fewbits.autograd import multiply
 from fewbits.compat import _differences
 from fewbits.nn.gathered import Gathered4bit
@@ -134,7 +134,7 @@ class Linear4bit(Module4bit, nn.Linear):
             x = x.to(self.compute_dtype)
         codes = self.weight if tracing else self.weight.data
         is_new = not tracing and type(weight) is Params4bit and weight.prepared is None and weight.quant_state is state
-        if is_new and not is_transformed():  # for the next call
+        if is_new and not is_unusual():  # for the next call, and no part of what a tracer sees of this one
             weight.prepared = _prepared.prepare(codes, state, _prepared.count_writes(weight, state))
         return multiply(x, codes, state, None, self.bias).to(input_dtype)
 
