@@ -180,6 +180,7 @@ def test_float64_is_rounded_first(tmp_path: Path) -> None:
     codes, _ = F.quantize_4bit(weight.float(), blocksize=64, quant_type="nf4")
     assert torch.equal(load_directory(tmp_path / "dst")["a.weight"], codes)
     assert any("float64" in n for n in report.notes)
+    assert not any("8 bits or fewer" in n for n in report.notes), "F64 is not a small float"
 
 
 def test_strange_values(tmp_path: Path) -> None:

@@ -96,12 +96,14 @@ def test_file_that_shrinks_while_it_is_read(source: Path, tmp_path: Path) -> Non
     ("{", "not JSON"),
     ("[1]", "expected an object"),
     ('{"weight_map": 3}', "weight_map"),
+    ('{"weight_map": {}}', "weight_map names no tensors"),
     ('{"weight_map": {"a": "../../etc/passwd"}}', "weight_map"),
     ('{"weight_map": {"a": "/etc/passwd"}}', "weight_map"),
     ('{"weight_map": {"a": "missing.safetensors"}}', "1 of 1 shards are missing"),
     ("[" * 100_000, "not JSON"),
 ])  # fmt: skip
 def test_bad_index(source: Path, tmp_path: Path, content: str, message: str) -> None:
+    (source / "model.safetensors").rename(source / "model-00001-of-00001.safetensors")
     (source / "model.safetensors.index.json").write_text(content)
     with pytest.raises(CheckpointError, match=message):
         quantize_checkpoint(source, tmp_path / "dst")
@@ -112,6 +114,23 @@ def test_bad_config(source: Path, tmp_path: Path) -> None:
     (source / "config.json").write_bytes(b"\xff\xfe")
     with pytest.raises(CheckpointError, match=r"config\.json: not JSON"):
         quantize_checkpoint(source, tmp_path / "dst")
+
+
+@pytest.mark.parametrize(("key", "value"), [("model_type", ["gpt2"]), ("model_type", {}), ("architectures", 5)])
+def test_config_of_wrong_types(source: Path, tmp_path: Path, key: str, value: object) -> None:
+    (source / "config.json").write_text(json.dumps({key: value}))
+    with pytest.raises(CheckpointError, match=rf"config\.json: {key}: expected a .*, got "):
+        quantize_checkpoint(source, tmp_path / "dst")
+    assert leftovers(tmp_path) == ["src"]
+
+
+def test_one_file_comes_before_a_stale_index(source: Path, tmp_path: Path) -> None:
+    """Transformers loads it so: what saves a smaller model over shards removes these, and leaves their index."""
+    stale = {"weight_map": {"lm_head.weight": "model-00001-of-00002.safetensors"}}
+    (source / "model.safetensors.index.json").write_text(json.dumps(stale))
+    assert "lm_head.weight" in Checkpoint(source).names()
+    quantize_checkpoint(source, tmp_path / "dst")
+    assert sorted(f.name for f in (tmp_path / "dst").iterdir()) == ["config.json", "model.safetensors"]
 
 
 def test_tensor_in_two_files(source: Path, tmp_path: Path) -> None:
@@ -161,6 +180,10 @@ def test_destination_rules(source: Path, tmp_path: Path) -> None:
             quantize_checkpoint(source, target)
     with pytest.raises(UsageError, match=r"holds no \*\.safetensors"):
         quantize_checkpoint(source, tmp_path / "full", overwrite=True)
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(UsageError, match=r"loop: cannot be resolved|loop: exists and is not a directory"):
+        quantize_checkpoint(source, tmp_path / "loop")
+    (tmp_path / "loop").unlink()
     assert (tmp_path / "full" / "thesis.txt").read_text() == "years of work"
     (tmp_path / "empty").mkdir()
     quantize_checkpoint(source, tmp_path / "empty")
@@ -169,6 +192,18 @@ def test_destination_rules(source: Path, tmp_path: Path) -> None:
     config = json.loads((tmp_path / "empty" / "config.json").read_text())
     assert config["quantization_config"]["bnb_4bit_quant_type"] == "fp4"
     assert leftovers(tmp_path) == ["empty", "file", "full", "new", "src"]
+
+
+def test_empty_paths(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an unset variable of a shell gives is not the current directory, which --overwrite would replace."""
+    other = write_checkpoint(tmp_path / "other", {"a.weight": torch.ones(8, 8)}, None)
+    monkeypatch.chdir(other)
+    with pytest.raises(UsageError, match="destination: got an empty path"):
+        quantize_checkpoint(source, "", overwrite=True)
+    with pytest.raises(UsageError, match="source: got an empty path"):
+        quantize_checkpoint("", tmp_path / "dst")
+    assert leftovers(tmp_path) == ["other", "src"]
+    assert [f.name for f in other.iterdir()] == ["model.safetensors"]
 
 
 @pytest.mark.parametrize(("options", "message"), [

@@ -66,6 +66,11 @@ def test_quantize(source: Path, tmp_path: Path) -> None:
     assert Checkpoint(tmp_path / "dst").quantized_format("model.layers.1.mlp.up_proj.weight") == "nf4"
 
 
+def test_no_limit_of_shards(source: Path, tmp_path: Path, here: Callable[..., Result]) -> None:
+    result = here("quantize", source, tmp_path / "dst", "--max-shard-gb", "1e300")
+    assert result[0] == 0, result[2]
+
+
 @pytest.mark.parametrize("quant_format", ["fp4", "int8rows", "blockwise8"])
 def test_formats(source: Path, tmp_path: Path, quant_format: str, here: Callable[..., Result]) -> None:
     options = ["--blocksize", "128"] if quant_format != "int8rows" else []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from torch import nn
 import fewbits
 import fewbits.functional as F
 from arrays import assert_same_bits
-from fewbits.nn import Linear4bit
+from fewbits.nn import Linear4bit, LinearNF4
 
 K = 64
 
@@ -185,3 +186,17 @@ def test_reduce_overhead(cuda: torch.device) -> None:
         for _ in range(4):
             x = torch.randn(4, K, device=cuda)
             torch.testing.assert_close(compiled(x).clone(), model(x), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("compute_dtype", [None, torch.float32, torch.bfloat16])
+def test_jit_trace_of_a_layer_that_has_not_been_called(
+    compute_dtype: torch.dtype | None, device: torch.device, tmp_path: Path
+) -> None:
+    """The tracer runs a module twice and compares: what a first call prepares for the next must not be in the graph."""
+    layer = LinearNF4(64, 32, compute_dtype=compute_dtype).to(device).eval()
+    x = torch.randn(3, 64, device=device)
+    traced = torch.jit.trace(layer, x)
+    expected = layer(x)
+    torch.jit.save(traced, tmp_path / "layer.pt")
+    for graph in (traced, torch.jit.load(tmp_path / "layer.pt")):
+        assert torch.allclose(graph(x), expected, rtol=1e-3, atol=1e-4)

@@ -364,3 +364,57 @@ class _Passing(torch.utils._python_dispatch.TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.seen += func.namespace == "fewbits"
         return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_state_of_a_list_of_sizes(nested: bool, device: torch.device) -> None:
+    """As whoever reads a state from JSON leaves it."""
+    codes, state = F.quantize_4bit(sample(device=device), compress_statistics=nested)
+    expected = F.dequantize_4bit(codes, state).view(3, 100)
+    state.shape = [3, 100]  # type: ignore[assignment]
+    out = torch.zeros(3, 100, device=device)
+    assert F.dequantize_4bit(codes, state, out=out) is out
+    assert_same_bits(out, expected, "values")
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_codes_of_no_dimension(nested: bool, device: torch.device) -> None:
+    codes, state = F.quantize_4bit(torch.tensor([1.0, -1.0], device=device), compress_statistics=nested)
+    expected = F.dequantize_4bit(codes, state)
+    assert_same_bits(F.dequantize_4bit(codes.squeeze(), state), expected, "values")
+
+
+# ---- buffers over the memory that is read ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_codes_over_the_values(nested: bool, device: torch.device) -> None:
+    x = torch.randn(1 << 16, generator=torch.Generator().manual_seed(1)).to(device)
+    expected, _ = F.quantize_4bit(x, compress_statistics=nested)
+    memory = x.clone()
+    out = memory.view(torch.uint8)[-expected.numel() :]  # of the last values, which are read last
+    assert F.quantize_4bit(memory, out=out, compress_statistics=nested)[0] is out
+    assert_same_bits(out.clone().view(-1, 1), expected, "codes")
+    expected = F.quantize_blockwise(x)[0]
+    memory = x.clone()
+    out = memory.view(torch.uint8)[-expected.numel() :]
+    F.quantize_blockwise(memory, out=out)
+    assert_same_bits(out.clone(), expected, "8-bit codes")
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_values_over_the_codes(nested: bool, device: torch.device) -> None:
+    x = torch.randn(1 << 16, generator=torch.Generator().manual_seed(1)).to(device)
+    codes, state = F.quantize_4bit(x, compress_statistics=nested)
+    expected, out = F.dequantize_4bit(codes, state), torch.zeros_like(x)
+    memory = out.view(torch.uint8)[: codes.numel()].copy_(codes.view(-1))  # values are written over the next codes
+    F.dequantize_4bit(memory.view(-1, 1), state, out=out)
+    assert_same_bits(out, expected, "values")
+    absmax = out.view(state.absmax.dtype)[: state.absmax.numel()].copy_(state.absmax)
+    state.absmax = absmax
+    F.dequantize_4bit(codes, state, out=out)
+    assert_same_bits(out, expected, "values over the maxima")
+    codes, state = F.quantize_blockwise(x)
+    expected, out = F.dequantize_blockwise(codes, state), torch.zeros_like(x)
+    F.dequantize_blockwise(out.view(torch.uint8)[: codes.numel()].copy_(codes), state, out=out)
+    assert_same_bits(out, expected, "values of 8 bits")

@@ -142,6 +142,13 @@ WRONG: list[tuple[str, type[Exception], str, Callable[[dict[str, Any]], object]]
     ),
     ("values shape", ValueError, "out.*shape", lambda g: D4(g["codes"], g["state"], out=torch.zeros(2, N // 2))),
     ("values overlap", ValueError, "out.*distinct", lambda g: D4(g["codes"], g["state"], out=torch.zeros(1).expand(N))),
+    ("values list", TypeError, "out.*list", lambda g: D4(g["codes"], g["state"], out=[0.0] * N)),
+    ("values list nested", TypeError, "out.*list", lambda g: D4(g["codes"], g["nested"], out=[0.0] * N)),
+    ("8-bit absmax list", TypeError, "absmax.*list", lambda g: D8(g["codes8"], absmax=[1.0])),
+    ("state shape int", ValueError, "shape.*300", lambda g: D4(g["codes"], broken(g["state"], shape=300))),
+    ("state shape str", ValueError, "shape.*'300'", lambda g: D4(g["codes"], broken(g["state"], shape="300"))),
+    ("state shape float", ValueError, "shape.*0.5", lambda g: D4(g["codes"], broken(g["state"], shape=(600, 0.5)))),
+    ("state shape < 0", ValueError, "shape.*-30", lambda g: D4(g["codes"], broken(g["state"], shape=(-30, -10)))),
     ("8-bit values dtype", ValueError, "out.*int", lambda g: D8(g["codes8"], g["state8"], out=torch.zeros(N).int())),
     ("8-bit values shape", ValueError, "out.*shape", lambda g: D8(g["codes8"], g["state8"], out=torch.zeros(1))),
 ]

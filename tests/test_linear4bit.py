@@ -50,6 +50,16 @@ def test_unquantized_forward_says_what_to_do() -> None:
         make(None)(randn(1, K))
 
 
+@pytest.mark.parametrize("rows", [1, 2, 40])
+def test_an_input_that_would_fit_the_transposed_weight(rows: int, device: torch.device) -> None:
+    """Older programs hand matmul_4bit states of transposed weights; a layer knows better."""
+    layer = LinearNF4(64, 32, bias=False).to(device)
+    for _ in range(2):  # the second time its weight is prepared
+        with pytest.raises(ValueError, match=rf"^x: expected a last size of 64.*got \({rows}, 32\)"):
+            layer(torch.ones(rows, 32, device=device))
+        layer(torch.ones(rows, 64, device=device))
+
+
 def test_moving_keeps_the_parameter(device: torch.device) -> None:
     layer = make(None)
     weight, bias = layer.weight, layer.bias

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -61,6 +62,47 @@ def test_state_dict_and_back() -> None:
         replace_parameter_4bit_prequantized(loaded, name, entries, torch.device("cpu"))
     x = torch.randn(5, 32)
     assert torch.equal(loaded(x), experts(x))
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("assign", [False, True])
+def test_loading_what_was_saved(nested: bool, assign: bool) -> None:
+    def quantized() -> torch.nn.Module:
+        model = torch.nn.Sequential(Experts(), torch.nn.Linear(32, 32))
+        for name in ("up", "down"):
+            replace_parameter_4bit(model[0], name, compress_statistics=nested)
+        return model
+
+    model, other, x = quantized(), quantized(), torch.randn(5, 32)
+    expected, saved = model(x), model.state_dict()
+    for target in (other, copy.deepcopy(other), quantized().to("meta")):
+        if assign or not next(target.parameters()).is_meta:
+            target.load_state_dict(saved, assign=assign)
+            assert torch.equal(target(x), expected)
+            assert sorted(target.state_dict()) == sorted(saved)
+    assert sorted(saved) == sorted(model.state_dict()), "the state dict is left as it is"
+    if not assign:
+        for value in saved.values():
+            value.zero_()
+        assert torch.equal(other(x), expected), "nothing is shared with the state dict"
+
+
+def test_loading_something_else_changes_nothing() -> None:
+    experts, wider = Experts(), Experts()
+    wider.up = torch.nn.Parameter(torch.randn(3, 16, 64))
+    for module in (experts, wider):
+        replace_parameter_4bit(module, "up")
+    before, good = experts.up.clone(), wider.state_dict()
+    truncated = {**experts.state_dict(), "up": experts.state_dict()["up"][1:]}
+    for wrong, message in (
+        (good, r"While loading up: shape: expected \(3, 16, 32\), got \(3, 16, 64\)"),
+        (truncated, "While loading up: up: expected 768 elements"),
+        ({k: v for k, v in experts.state_dict().items() if k != "up.absmax"}, "While loading up: absmax"),
+    ):
+        for strict in (True, False):
+            with pytest.raises(RuntimeError, match=message):
+                experts.load_state_dict(wrong, strict=strict)
+            assert torch.equal(experts.up, before)
 
 
 def test_once_a_forward(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -95,7 +95,7 @@ def test_unusual_inputs(name: str, bias: bool, kernel: Kernel) -> None:
 def test_wrong_inputs_raise_as_ever(kernel: Kernel) -> None:
     layer, x = make(), randn(3, K)
     warm(layer, x, kernel)
-    with pytest.raises(ValueError, match=r"A.*last size of 96.*\(3, 95\)"):
+    with pytest.raises(ValueError, match=r"x.*last size of 96.*\(3, 95\)"):
         layer(x[:, 1:].contiguous())
     with pytest.raises(ValueError, match=r"A and B.*meta.*cpu"):
         layer(x.to("meta"))

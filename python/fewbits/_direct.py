@@ -18,7 +18,7 @@ import torch
 from fewbits import _native
 from fewbits._backend import IS_NATIVE_EVERYWHERE, NATIVE_TYPES
 from fewbits._checks import BLOCKSIZES, DTYPES, QUANT_TYPES
-from fewbits._launch import PLAIN_TYPES, is_observed
+from fewbits._launch import PLAIN_TYPES, is_observed, overlap
 from fewbits.codebook import is_default_map, native_table, shared_table
 from fewbits.quant_state import QuantState
 
@@ -84,7 +84,9 @@ def dequantize_4bit(
         return None
     if A.numel() != size or not A.is_contiguous():
         return None
-    if out is not None and not (type(out) is _Tensor and out.shape == sizes and fits(out, dtype, n, ordinal)):
+    if out is not None and not (
+        type(out) is _Tensor and out.shape == sizes and fits(out, dtype, n, ordinal) and _is_apart(out, A, state)
+    ):
         return None
     nested = nested_addresses(state, blocks, ordinal) if state.nested else None
     if nested is None and state.nested:
@@ -182,7 +184,12 @@ def dequantize_blockwise(A: Any, state: QuantState, out: torch.Tensor | None) ->
     ordinal, queue = target
     if not fits(absmax, _float32, (n + blocksize - 1) // blocksize, ordinal):
         return None
-    if out is not None and not (type(out) is _Tensor and out.shape == A.shape and fits(out, state.dtype, n, ordinal)):
+    if out is not None and not (
+        type(out) is _Tensor
+        and out.shape == A.shape
+        and fits(out, state.dtype, n, ordinal)
+        and _is_apart(out, A, state)
+    ):
         return None
     address = _code_address(code, ordinal)
     if address is None:
@@ -230,6 +237,13 @@ def _code_address(code: torch.Tensor, ordinal: int) -> int | None:
     if is_default_map(code):
         return 0
     return code.data_ptr() if fits(code, _float32, 256, ordinal) else None
+
+
+def _is_apart(out: torch.Tensor, A: torch.Tensor, state: QuantState) -> bool:
+    """Return whether `out` lies over nothing that the kernel reads."""
+    maxima = None if state.state2 is None else state.state2.absmax
+    read = (A, state.absmax, maxima, state.offset)
+    return not any(isinstance(tensor, _Tensor) and overlap(out, tensor) for tensor in read)
 
 
 def allocator(ordinal: int) -> _Allocator:

@@ -113,9 +113,20 @@ def as_float32(tensor: torch.Tensor) -> torch.Tensor:
     return dense(tensor if tensor.dtype == torch.float32 else tensor.to(torch.float32))
 
 
-def target(buffer: torch.Tensor | None, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Return where a kernel writes: the caller's buffer, or new memory where there is none or it has gaps."""
-    if buffer is not None and buffer.is_contiguous() and not buffer.is_neg():
+def target(
+    buffer: torch.Tensor | None,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    device: torch.device,
+    *inputs: torch.Tensor,
+) -> torch.Tensor:
+    """Return where a kernel writes: the caller's buffer, or new memory.
+
+    New where there is no buffer, where it has gaps, and where it lies over one of the kernel's dense `inputs`, of which
+    other threads are still reading what one would write.
+    """
+    usable = buffer is not None and buffer.is_contiguous() and not buffer.is_neg()
+    if buffer is not None and usable and not any(overlap(buffer, tensor) for tensor in inputs):
         return buffer
     return torch.empty(shape, dtype=dtype, device=device)
 
@@ -128,6 +139,14 @@ def deliver(result: torch.Tensor, buffer: torch.Tensor | None) -> torch.Tensor:
     if not buffer.is_inference():
         torch.autograd.graph.increment_version(buffer)  # autograd did not see the write
     return buffer
+
+
+def overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Return whether two dense tensors have bytes in common."""
+    if a.device != b.device:
+        return False
+    first, second = a.data_ptr(), b.data_ptr()
+    return first < second + b.nbytes and second < first + a.nbytes
 
 
 def share_memory(tensor: torch.Tensor, other: torch.Tensor | None) -> bool:
@@ -154,10 +173,15 @@ target_queue = _target_queue if IS_NATIVE_EVERYWHERE else _target_queue_if_nativ
 
 
 def codes_target(
-    n: int, quant_type: str, quant_storage: torch.dtype, device: torch.device, out: torch.Tensor | None
+    n: int,
+    quant_type: str,
+    quant_storage: torch.dtype,
+    device: torch.device,
+    out: torch.Tensor | None,
+    *inputs: torch.Tensor,
 ) -> torch.Tensor:
     count = storage_count(n, quant_storage)
-    codes = target(out, (count, 1), quant_storage, device)
+    codes = target(out, (count, 1), quant_storage, device, *inputs)
     used, size = (n + 1) // 2, count * quant_storage.itemsize
     if size > used:
         codes.view(-1).view(torch.uint8)[used:].fill_(_PAD_BYTES[quant_type])
@@ -192,8 +216,8 @@ def quantize_4bit(
     if absmax is not None:
         check_buffer("absmax", absmax, torch.float32, blocks, f"{n} elements in blocks of {blocksize}", A)
     x = dense(A)
-    codes = codes_target(n, quant_type, quant_storage, device, out)
-    maxima = target(absmax, (blocks,), torch.float32, device)
+    codes = codes_target(n, quant_type, quant_storage, device, out, x)
+    maxima = target(absmax, (blocks,), torch.float32, device, x)
     ordinal, queue = target_queue(device)
     if n and ordinal == PORTABLE:
         fourbit.quantize(x, quant_type, blocksize, codes, maxima)
@@ -222,7 +246,7 @@ def quantize_4bit_nested(
         check_buffer("out", out, quant_storage, storage_count(n, quant_storage), f"{n} codes, two a byte", A)
     blocks = block_count(n, blocksize)
     x = dense(A)
-    codes = codes_target(n, quant_type, quant_storage, device, out)
+    codes = codes_target(n, quant_type, quant_storage, device, out, x)
     absmax_codes = torch.empty((blocks,), dtype=torch.uint8, device=device)
     nested_absmax = torch.empty((block_count(blocks, NESTED_BLOCKSIZE),), dtype=torch.float32, device=device)
     if not n:
@@ -267,7 +291,7 @@ def dequantize_4bit(
     if out is not None:
         check_buffer("out", out, dtype, n, f"shape {tuple(shape)}", A)
     packed, maxima = dense(A), as_float32(absmax)
-    values = target(out, shape, dtype, device)
+    values = target(out, shape, dtype, device, packed, maxima)
     ordinal, queue = target_queue(device)
     if n and ordinal == PORTABLE:
         fourbit.dequantize(packed, maxima, quant_type, blocksize, values)
@@ -308,7 +332,7 @@ def dequantize_4bit_nested(
     packed, absmax_codes = dense(A), dense(absmax)
     address, _code = code_address(nested_code)
     maxima, mean = as_float32(nested_absmax), as_float32(offset)
-    values = target(out, shape, dtype, device)
+    values = target(out, shape, dtype, device, packed, absmax_codes, maxima, mean)
     ordinal, queue = target_queue(device)
     if n and ordinal == PORTABLE:
         decoded = fourbit.nested_maxima(absmax_codes, nested_code, maxima, nested_blocksize, mean)
@@ -349,8 +373,8 @@ def quantize_blockwise(
         check_buffer("absmax", absmax, torch.float32, blocks, f"{n} elements in blocks of {blocksize}", A)
     x = dense(A)
     address, _code = code_address(code)
-    codes = target(out, A.shape, torch.uint8, device)
-    maxima = target(absmax, (blocks,), torch.float32, device)
+    codes = target(out, A.shape, torch.uint8, device, x)
+    maxima = target(absmax, (blocks,), torch.float32, device, x)
     ordinal, queue = target_queue(device)
     if n and (ordinal == PORTABLE or blocksize in LARGE_BLOCKSIZES):
         blockwise.quantize(x, tables.of(code, device), blocksize, codes, maxima)
@@ -384,7 +408,7 @@ def dequantize_blockwise(
         check_buffer("out", out, dtype, n, "one value a code", A)
     packed, maxima = dense(A), as_float32(absmax)
     address, _code = code_address(code)
-    values = target(out, A.shape, dtype, device)
+    values = target(out, A.shape, dtype, device, packed, maxima)
     ordinal, queue = target_queue(device)
     if n and (ordinal == PORTABLE or blocksize in LARGE_BLOCKSIZES):
         blockwise.dequantize(packed, maxima, tables.of(code, device).values, blocksize, values)

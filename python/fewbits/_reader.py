@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -59,8 +60,10 @@ class Checkpoint:
     """
 
     def __init__(self, path: str | Path) -> None:
+        if not os.fspath(path):  # an unset variable of a shell; Path would make the current directory of it
+            raise UsageError("source: got an empty path, expected a directory with *.safetensors")
         self.path = Path(path)
-        self.config = _read_json(self.path / "config.json") if (self.path / "config.json").is_file() else {}
+        self.config = _read_config(self.path / "config.json") if (self.path / "config.json").is_file() else {}
         files, self.stem = _weight_files(self.path)
         self.entries: dict[str, TensorEntry] = {}
         self.metadata: dict[str, str] = {}
@@ -253,10 +256,23 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def _read_config(path: Path) -> dict[str, Any]:
+    """Read a model's config.json, of which all fields may be missing."""
+    config = _read_json(path)
+    for key, kind, expected in (("model_type", str, "a string"), ("architectures", list, "a list of names")):
+        value = config.get(key)
+        if value is not None and not isinstance(value, kind):
+            raise CheckpointError(f"{path}: {key}: expected {expected}, got {value!r}")
+    return config
+
+
 def _weight_files(path: Path) -> tuple[list[Path], str]:
     """Find the files of a checkpoint and the stem of their names."""
     if not path.is_dir():
         raise UsageError(f"{path}: {'not a directory' if path.exists() else 'no such directory'}")
+    if (path / "model.safetensors").is_file():
+        # As transformers has it, which leaves the index of older shards behind when it saves to the same place.
+        return [path / "model.safetensors"], "model"
     indices = sorted(path.glob("*.safetensors.index.json"))
     if indices:
         preferred = path / "model.safetensors.index.json"
@@ -264,6 +280,8 @@ def _weight_files(path: Path) -> tuple[list[Path], str]:
         names = _read_json(index).get("weight_map")
         if not isinstance(names, dict) or not all(isinstance(n, str) and n == Path(n).name for n in names.values()):
             raise CheckpointError(f"{index}: weight_map is not a table of tensor names to file names")
+        if not names:
+            raise CheckpointError(f"{index}: weight_map names no tensors")
         files = sorted({path / n for n in names.values()})
         missing = [f.name for f in files if not f.is_file()]
         if missing:
@@ -272,6 +290,4 @@ def _weight_files(path: Path) -> tuple[list[Path], str]:
     files = sorted(f for f in path.glob("*.safetensors") if f.is_file())
     if not files:
         raise UsageError(f"{path}: no *.safetensors in this directory")
-    if path / "model.safetensors" in files:
-        return [path / "model.safetensors"], "model"
     return files, files[0].stem if len(files) == 1 else "model"

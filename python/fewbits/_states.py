@@ -38,7 +38,14 @@ def check_state(quant_state: object) -> QuantState:
     for name in ("shape", "dtype", "blocksize", "quant_type"):
         if getattr(quant_state, name) is None:
             raise ValueError(f"quant_state.{name}: expected the value of a 4-bit state, got None")
+    shape: object = quant_state.shape
+    if type(shape) is not torch.Size and not (isinstance(shape, (tuple, list)) and all(map(_is_size, shape))):
+        raise ValueError(f"quant_state.shape: expected sizes as integers, got {shape!r}")
     return quant_state
+
+
+def _is_size(size: object) -> bool:
+    return isinstance(size, (int, torch.SymInt)) and bool(size >= 0)
 
 
 def ordinary(codes: torch.Tensor, state: QuantState) -> tuple[torch.Tensor, QuantState]:

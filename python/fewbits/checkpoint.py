@@ -105,7 +105,11 @@ class Report:
 
 
 def _check_destination(source: Path, destination: Path, overwrite: bool) -> Path:
-    destination = destination.resolve()
+    try:
+        destination = destination.resolve()
+        destination.exists()
+    except (OSError, RuntimeError) as error:  # RuntimeError before Python 3.13
+        raise UsageError(f"{destination}: cannot be resolved ({error})") from None
     source = source.resolve()
     if destination == source or source in destination.parents or destination in source.parents:
         raise UsageError(f"{destination}: DST and SRC must not lie in one another (SRC is {source})")
@@ -176,7 +180,7 @@ def _notes(source: Checkpoint, choices: Sequence[Choice], skip: Sequence[str]) -
     others = sorted(f.name for f in source.path.glob("*.safetensors") if f not in used)
     if others and used:
         notes.append(f"{len(others)} other safetensors files were neither quantized nor copied, first {others[0]}")
-    small = [c.entry for c in choices if c.entry.dtype.startswith(("F8", "F6", "F4"))]
+    small = [c.entry for c in choices if re.match(r"F[468]_", c.entry.dtype)]
     if small:
         notes.append(f"{len(small)} tensors of 8 bits or fewer ({small[0].dtype}) were copied as they are")
     stacked = [c.entry for c in choices if len(c.entry.shape) == 3 and c.entry.dtype in ("F32", "F16", "BF16", "F64")]
@@ -264,6 +268,8 @@ def quantize_checkpoint(
     blocksize = blocksize or DEFAULT_BLOCKSIZE[quant_format]
     model = Checkpoint(source)
     model.refuse_quantized()
+    if not os.fspath(destination):
+        raise UsageError("destination: got an empty path, expected a directory to write")
     target = _check_destination(model.path, Path(destination), overwrite)
     choices, skip_modules = select(list(model.entries.values()), skip, model.config)
 

@@ -248,7 +248,7 @@ def _quantize(args: argparse.Namespace, out: Console, err: Console) -> int:
             skip=args.skip,
             device=args.device,
             overwrite=args.overwrite,
-            max_shard_bytes=max(1, int(args.max_shard_gb * 1e9)),
+            max_shard_bytes=max(1, int(min(args.max_shard_gb * 1e9, sys.maxsize))),
             progress=show,
         )
     out.print(report_table(report))

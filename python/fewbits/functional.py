@@ -213,7 +213,7 @@ def dequantize_4bit(
     if type(quant_state) is QuantState:
         done = _direct.dequantize_4bit(A, quant_state, quant_state.dtype, out)
         if done is not None:
-            return done if A.shape[0] != 1 else _as_given(A, done)
+            return done if A.shape[:1] != (1,) else _as_given(A, done)  # codes of no dimension are a single byte
     if quant_state is None:
         if absmax is None or out is None:
             missing = "absmax" if absmax is None else "out"
@@ -226,8 +226,10 @@ def dequantize_4bit(
     dtype, shape = state.dtype, state.shape
     assert dtype is not None
     assert shape is not None
-    if out is not None and isinstance(out, torch.Tensor) and out.shape != shape:
-        raise ValueError(f"out: expected shape {tuple(shape)}, got {tuple(out.shape)}")
+    if out is not None:
+        _checks.check_tensor("out", out)
+        if out.shape != tuple(shape):
+            raise ValueError(f"out: expected shape {tuple(shape)}, got {tuple(out.shape)}")
     return _as_given(A, dequantize_as(A, state, dtype, out))
 
 
@@ -448,6 +450,7 @@ def dequantize_blockwise(
     if quant_state is None:
         if absmax is None:
             raise ValueError("absmax: expected a tensor when there is no quant_state, got None")
+        _checks.check_tensor("absmax", absmax)
         dtype = torch.float32 if out is None else out.dtype
     elif not isinstance(quant_state, QuantState):
         raise TypeError(f"quant_state: expected a QuantState, got {type(quant_state).__name__}")

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fewbits import _prepared
-from fewbits._launch import is_transformed
+from fewbits._launch import is_unusual
 from fewbits.autograd import multiply
 from fewbits.compat import _differences
 from fewbits.nn.gathered import Gathered4bit
@@ -93,6 +93,8 @@ class Linear4bit(Module4bit, nn.Linear):
         ------
         RuntimeError
             If the weight is not quantized yet.
+        ValueError
+            If the last size of `x` is not K.
         """
         tracing = _is_compiling()
         if not tracing:
@@ -122,11 +124,17 @@ class Linear4bit(Module4bit, nn.Linear):
                     "set compute_dtype (bnb_4bit_compute_dtype) to the dtype of the inputs"
                 )
             _differences.cast_bias(self.bias, input_dtype)
+        columns = self.in_features
+        if x.dim() and x.shape[-1] != columns and state.shape == (self.out_features, columns):
+            # matmul_4bit, which knows no layer, would take the weight for a transposed one where that fits.
+            raise ValueError(
+                f"x: expected a last size of {columns} for this {type(self).__name__}, got {tuple(x.shape)}"
+            )
         if self.compute_dtype is not None:
             x = x.to(self.compute_dtype)
         codes = self.weight if tracing else self.weight.data
         is_new = not tracing and type(weight) is Params4bit and weight.prepared is None and weight.quant_state is state
-        if is_new and not is_transformed():  # for the next call
+        if is_new and not is_unusual():  # for the next call, and no part of what a tracer sees of this one
             weight.prepared = _prepared.prepare(codes, state, _prepared.count_writes(weight, state))
         return multiply(x, codes, state, None, self.bias).to(input_dtype)
 

@@ -7,6 +7,7 @@ parameter's name with their state beside them, as `Linear4bit` has it.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from functools import partial
 from typing import Any, Literal
@@ -16,6 +17,7 @@ from torch import nn
 from torch.nn.utils import parametrize as _parametrize
 
 from fewbits.functional import dequantize_4bit, quantize_4bit
+from fewbits.nn.params import as_packed, to_storage
 from fewbits.quant_state import QuantState
 
 __all__ = ["Bnb4bitParametrization", "replace_parameter_4bit", "replace_parameter_4bit_prequantized"]
@@ -159,10 +161,12 @@ def _hold(module: nn.Module, name: str, state: QuantState) -> None:
 
 
 def _register_parametrization_hooks(module: nn.Module, param_name: str) -> None:
-    """Write the parameter to state dicts under its own name, and dequantize it once a forward."""
+    """Write the parameter to state dicts and read it from them under its own name, and dequantize it once a forward."""
     save = partial(_parametrized_state_dict_post_hook, param_name=param_name)
     register = getattr(module, "register_state_dict_post_hook", None) or module._register_state_dict_hook
     register(save)  # public since torch 2.5
+    # By its private name, which older versions of torch know as well.
+    module._register_load_state_dict_pre_hook(partial(_load_parametrized, param_name=param_name), with_module=True)
     module.register_forward_pre_hook(_enable_parametrization_cache)
     # A forward that ends in an exception, as activation checkpointing makes them do, must switch the cache off too.
     module.register_forward_hook(_disable_parametrization_cache, always_call=True)
@@ -191,11 +195,57 @@ def _parametrized_state_dict_post_hook(
     stored = f"{prefix}parametrizations.{param_name}.original"
     if stored not in state_dict:
         return
-    parametrizations: Any = module.parametrizations
-    ours = [p for p in parametrizations[param_name] if isinstance(p, Bnb4bitParametrization)]
-    if not ours:
+    ours = _ours(module, param_name)
+    if ours is None:
         return
     name = f"{prefix}{param_name}"
     state_dict[name] = state_dict.pop(stored)
-    for key, value in ours[0].quant_state.as_dict(packed=True).items():
+    for key, value in ours.quant_state.as_dict(packed=True).items():
         state_dict[f"{name}.{key}"] = value
+
+
+def _load_parametrized(
+    module: nn.Module,
+    state_dict: dict[str, Any],
+    prefix: str,
+    local_metadata: Mapping[str, Any],
+    strict: bool,
+    missing_keys: list[str],
+    unexpected_keys: list[str],
+    error_msgs: list[str],
+    *,
+    param_name: str,
+) -> None:
+    """Put the codes that a state dict holds where torch looks for them, and take over their state."""
+    name, ours = f"{prefix}{param_name}", _ours(module, param_name)
+    entries = {key: value for key, value in state_dict.items() if key.startswith(f"{name}.")}
+    if ours is None or name not in state_dict or not entries:
+        return
+    codes = state_dict.pop(name)
+    for key in entries:
+        del state_dict[key]
+    original: torch.Tensor = module.parametrizations[param_name].original  # type: ignore[index, union-attr]
+    stored = f"{prefix}parametrizations.{param_name}.original"
+    assign = bool(local_metadata.get("assign_to_params_buffers", False))
+    try:
+        state = QuantState.from_dict(entries, codes.device if assign or original.is_meta else original.device)
+        if state.shape != ours.quant_state.shape:
+            raise ValueError(f"shape: expected {tuple(ours.quant_state.shape or ())}, got {tuple(state.shape or ())}")
+        packed = as_packed(param_name, codes, state)
+        if packed.dtype != original.dtype:
+            packed = to_storage(packed, state, original.dtype)
+    except (TypeError, ValueError) as error:
+        error_msgs.append(f"While loading {name}: {error}")
+        state_dict[stored] = original  # nothing else is wrong
+        return
+    state_dict[stored] = packed.view(original.shape)
+    # A copy: what is loaded must not change when the state dict does.
+    ours.quant_state = state if assign else copy.deepcopy(state)
+
+
+def _ours(module: nn.Module, param_name: str) -> Bnb4bitParametrization | None:
+    """Return what dequantizes a parameter of a module, if that is in 4 bits."""
+    parametrizations: Any = getattr(module, "parametrizations", ())
+    if param_name not in parametrizations:
+        return None
+    return next((p for p in parametrizations[param_name] if isinstance(p, Bnb4bitParametrization)), None)
