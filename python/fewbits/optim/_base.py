@@ -20,6 +20,10 @@ from fewbits.optim._plan import Plan
 from fewbits.optim._prepare import Member
 from fewbits.optim._stepping import Stepping
 
+# In a compiled function a graph ends at a step: addresses mean nothing to a tracer. It is torch's way with its own
+# optimizers; `torch.compiler.disable` would import the compiler here and now.
+_untraced: Any = torch._disable_dynamo  # type: ignore[attr-defined]
+
 
 class Optimizer8bit(Stepping, metaclass=Named):
     """What all optimizers of this package have in common.
@@ -287,6 +291,11 @@ class Optimizer8bit(Stepping, metaclass=Named):
             If a parameter, gradient, state or hyperparameter is one that cannot be used (sparse, complex, of another
             shape, ...). No parameter has changed then.
         """
+        loss: float | None = self._step_once(closure)
+        return loss
+
+    @_untraced  # type: ignore[untyped-decorator]
+    def _step_once(self, closure: Callable[[], float] | None) -> float | None:
         loss = None
         if closure is not None:
             with torch.enable_grad():
