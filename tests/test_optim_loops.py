@@ -1,12 +1,16 @@
-"""Optimizers in the loops that programs write around them: compiled, or guarded by what a framework looks at."""
+"""Optimizers as programs for other optimizers use them: compiled steps, groups, what a framework looks at."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 
-from optimizers import make
+import fewbits.optim
+from optimizers import give_gradients, make, parameters
+
+SHAPES = [(64, 80), (33,), (5000,)]
 
 
 def trained(compiled: bool, device: torch.device) -> tuple[list[float], torch.Tensor]:
@@ -39,3 +43,30 @@ def test_compiled_training_step(device: torch.device) -> None:
     assert losses == expected
     assert losses[-1] < losses[0]
     assert torch.equal(weight, plain)
+
+
+@pytest.mark.parametrize(("name", "said"), [("SGD", {"momentum": 0.5}), ("RMSprop", {"alpha": 0.6, "momentum": 0.3})])
+def test_groups_may_use_the_names_of_arguments(name: str, said: dict[str, float], device: torch.device) -> None:
+    given = {"lr": 1e-2, "momentum": 0.9}
+    pairs = [
+        (getattr(fewbits.optim, name), parameters(SHAPES, device)),
+        (getattr(torch.optim, name), parameters(SHAPES, device)),
+    ]
+    for make_one, params in pairs:
+        optimizer = make_one([{"params": params[:1]}, {"params": params[1:2], **said}], **given)
+        optimizer.add_param_group({"params": params[2:], **said})
+        for t in range(3):
+            give_gradients(params, t)
+            optimizer.step()
+    for ours, torchs in zip(pairs[0][1], pairs[1][1], strict=True):
+        assert torch.allclose(ours, torchs, rtol=1e-5, atol=1e-6)
+
+
+def test_groups_that_contradict_themselves_or_cannot_be_obeyed() -> None:
+    params = parameters(SHAPES, "cpu")
+    with pytest.raises(ValueError, match="momentum: expected what betas"):
+        fewbits.optim.SGD([{"params": params, "betas": (0.9, 0.0), "momentum": 0.5}], lr=0.1, momentum=0.9)
+    fewbits.optim.SGD([{"params": params, "betas": (0.5, 0.0), "momentum": 0.5}], lr=0.1, momentum=0.9)
+    with pytest.raises(ValueError, match="maximize: expected False"):
+        fewbits.optim.AdamW([{"params": params, "maximize": True}])
+    fewbits.optim.AdamW([{"params": params, "maximize": False}])

@@ -12,7 +12,7 @@ from fewbits._checks import DTYPES
 from fewbits.codebook import create_dynamic_map
 from fewbits.optim import _states
 from fewbits.optim._distributed import whole_numel
-from fewbits.optim._families import ALIASES, DEFAULTS, FAMILIES, check_8bit, check_values, parse_betas
+from fewbits.optim._families import ALIASES, DEFAULTS, FAMILIES, check_8bit, check_values, parse_betas, take_betas
 from fewbits.optim._naming import Named
 from fewbits.optim._options import ARGS, MockArgs, Params
 from fewbits.optim._paged_states import local
@@ -141,6 +141,8 @@ class Optimizer8bit(Stepping, metaclass=Named):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group; see `torch.optim.Optimizer.add_param_group`.
 
+        ``momentum`` of SGD and LARS, ``alpha`` and ``momentum`` of RMSprop become the group's ``betas``.
+
         Raises
         ------
         ValueError
@@ -149,6 +151,7 @@ class Optimizer8bit(Stepping, metaclass=Named):
         if isinstance(param_group, dict):
             if "betas" in param_group:
                 param_group["betas"] = parse_betas(param_group["betas"])
+            take_betas(self.optimizer_name, param_group, self.defaults)
             values = {"max_unorm": self.args.max_unorm, **self.defaults, **param_group}
             check_values(self.optimizer_name, values, self.args.optim_bits)
             params = param_group.get("params", ())
