@@ -131,3 +131,20 @@ def test_norm_of_the_update(stands_in: bool, bits: int) -> None:
             state["unorm_vec"]
     with pytest.raises(KeyError, match="other"):
         state["other"]
+
+
+def test_gradient_scalers(stands_in: bool) -> None:
+    """A scaler unscales the gradients itself, so that others can clip them, and skips the step by not calling it."""
+    p = torch.nn.Parameter(torch.ones(8))
+    optimizer = fewbits.optim.AdamW([p], lr=0.1)
+    calls = []
+    optimizer.register_step_pre_hook(lambda *_: calls.append(p.grad[0].item()))
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    for value in (1.0, float("inf")):
+        optimizer.zero_grad()
+        scaler.scale((p * value).sum()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    assert calls == ([1.0] if stands_in else [4.0, float("inf")])
+    assert optimizer.state_dict()["state"][0]["step"] == 1
+    assert torch.allclose(p.detach(), torch.tensor(0.899))

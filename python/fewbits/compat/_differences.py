@@ -111,3 +111,12 @@ def refuse_trust_of_8_bits(max_unorm: float) -> None:
             f"max_unorm: expected 1.0 with 8-bit states, as in bitsandbytes, got {max_unorm!r}; fewbits.optim, "
             "without install_as_bitsandbytes, takes other factors"
         )
+
+
+def takes_scaled_gradients() -> bool:
+    """Return whether gradient scalers may leave gradients as they are, and ask for a step whatever they hold.
+
+    Lightning refuses to clip gradients for optimizers that take them so. accelerate, and with it transformers' Trainer,
+    knows by a step that never came that gradients were not finite, and holds its scheduler back.
+    """
+    return stands_in_as is None

@@ -10,6 +10,7 @@ import torch
 
 from fewbits._checks import DTYPES
 from fewbits.codebook import create_dynamic_map
+from fewbits.compat import _differences
 from fewbits.optim import _states
 from fewbits.optim._distributed import whole_numel
 from fewbits.optim._families import ALIASES, DEFAULTS, FAMILIES, check_8bit, check_values, parse_betas, take_betas
@@ -61,7 +62,7 @@ class Optimizer8bit(Stepping, metaclass=Named):
     learning rate that is a float32 tensor on the device is read when the graph runs; schedulers of torch fill it. This
     is about CUDA: on devices that native code does not know, a step waits for the device once and cannot be captured.
 
-    Gradient scalers hand over their scale, which is taken out on the way.
+    Gradient scalers hand over their scale, which is taken out on the way; not so after `install_as_bitsandbytes`.
 
     Distributed parameters (`torch.distributed.tensor.DTensor`, as ``fully_shard`` makes them) are stepped shard by
     shard: states are those of the shard, ``min_8bit_size`` counts the elements of the whole parameter, and norms (trust
@@ -72,7 +73,6 @@ class Optimizer8bit(Stepping, metaclass=Named):
     """
 
     _FSDP_WRAPPED_QUANT_STATE_KEY = _states.QUANT_STATE
-    _step_supports_amp_scaling = True
     non_castable_tensor_keys = frozenset(_states.QUANT_KEYS)
     args: Any
 
@@ -135,6 +135,11 @@ class Optimizer8bit(Stepping, metaclass=Named):
         if args.max_unorm and not FAMILIES[name].trust:
             raise ValueError(f"max_unorm: expected 0 for {name}, which has no trust ratio, got {args.max_unorm!r}")
         self.args = args
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether gradient scalers may leave scaled gradients to the step."""
+        return _differences.takes_scaled_gradients()
 
     # ---- groups and hyperparameters ----
 
