@@ -70,3 +70,17 @@ def test_groups_that_contradict_themselves_or_cannot_be_obeyed() -> None:
     with pytest.raises(ValueError, match="maximize: expected False"):
         fewbits.optim.AdamW([{"params": params, "maximize": True}])
     fewbits.optim.AdamW([{"params": params, "maximize": False}])
+
+
+@pytest.mark.parametrize("name", ["AdamW8bit", "SGD"])
+def test_states_are_those_that_a_wrapper_has_seen(name: str, device: torch.device) -> None:
+    """Optimizers around others take `state` and `param_groups` over when they are made, as Lightning's."""
+    params = parameters(SHAPES, device)
+    optimizer = make(name, params)
+    state, groups = optimizer.state, optimizer.param_groups
+    for t in range(2):
+        give_gradients(params, t)
+        optimizer.step()
+    assert optimizer.state is state
+    assert optimizer.param_groups is groups
+    assert set(state) == set(params)

@@ -113,6 +113,7 @@ class Optimizer8bit(Stepping, metaclass=Named):
         self.name2qmap: dict[str, torch.Tensor] = {}
         self._reset()
         super().__init__(params, {**DEFAULTS.get(self.optimizer_name, {}), **defaults})
+        self.state = _states.States(self._watch, self.state)  # now, for those who keep it: not at the first step
 
     def _configure(
         self, name: str, args: Any, optim_bits: int, min_8bit_size: int, max_unorm: float, skip_zeros: bool
