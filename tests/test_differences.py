@@ -148,3 +148,19 @@ def test_gradient_scalers(stands_in: bool) -> None:
     assert calls == ([1.0] if stands_in else [4.0, float("inf")])
     assert optimizer.state_dict()["state"][0]["step"] == 1
     assert torch.allclose(p.detach(), torch.tensor(0.899))
+
+
+def test_bases_called_with_an_older_signature(stands_in: bool) -> None:
+    """GaLore's optimizers pass percentile_clipping=100 and block_wise=True where max_unorm and skip_zeros stand now."""
+    params = [torch.nn.Parameter(torch.ones(8))]
+    for base in (fewbits.optim.Optimizer2State, fewbits.optim.Optimizer1State):
+        name = "adam" if base is fewbits.optim.Optimizer2State else "lion"
+        older: Any = (name, params, 0.1, (0.9, 0.999), 1e-8, 0.01, 8, None, 4096, 100, True)
+        if stands_in:
+            args = base(*older).args
+            assert (args.max_unorm, args.skip_zeros, args.min_8bit_size) == (0.0, False, 4096)
+        else:
+            with pytest.raises(ValueError, match="skip_zeros: expected False"):
+                base(*older)
+        with pytest.raises(ValueError, match="skip_zeros: expected False"):
+            base(*older[:-2], 5, True)

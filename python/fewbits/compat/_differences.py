@@ -120,3 +120,14 @@ def takes_scaled_gradients() -> bool:
     knows by a step that never came that gradients were not finite, and holds its scheduler back.
     """
     return stands_in_as is None
+
+
+def read_older_signature(max_unorm: float, skip_zeros: Any) -> tuple[float, Any]:
+    """Return the two arguments of optimizers' bases where older programs pass others, by position.
+
+    Before bitsandbytes 0.50 ``percentile_clipping`` and ``block_wise`` stood there. Their defaults, 100 and True, which
+    GaLore's optimizers pass on, ask for nothing.
+    """
+    if stands_in_as is not None and skip_zeros is True and max_unorm == 100:
+        return 0.0, False
+    return max_unorm, skip_zeros

@@ -124,6 +124,7 @@ class Optimizer8bit(Stepping, metaclass=Named):
             raise ValueError(f"optimizer_name: expected one of {', '.join(FAMILIES)}, got {name!r}")
         self.optimizer_name = name
         if args is None:
+            max_unorm, skip_zeros = _differences.read_older_signature(max_unorm, skip_zeros)
             given = (optim_bits, min_8bit_size, max_unorm, skip_zeros)
             args = MockArgs(dict(zip(ARGS, given, strict=True)))
         for key, default in ARGS.items():
