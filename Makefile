@@ -101,7 +101,7 @@ test: setup ## run the Python tests on the installed wheel
 PORTABLE_TESTS := $(addprefix test_,$(addsuffix .py,functional_api functional_errors blockwise double_quant quant_state golden params4bit \
 	linear4bit linear4bit_state linear4bit_values embedding4bit embedding8bit matmul4 matmul4_gradients compile ops_registration \
 	int8_functional linear8bit linear8bit_state linear8bit_training linear8bit_compile \
-	optim_8bit optim_functional optim_interface optim_state optim_together optim_torch optim_use docstrings))
+	optim_8bit optim_functional optim_interface optim_loops optim_state optim_together optim_torch optim_use docstrings))
 
 test-portable: setup ## run the tests of the API on plain torch operations, which devices without native code get
 	$(call say,tests on plain torch operations)

@@ -131,3 +131,36 @@ def test_norm_of_the_update(stands_in: bool, bits: int) -> None:
             state["unorm_vec"]
     with pytest.raises(KeyError, match="other"):
         state["other"]
+
+
+def test_gradient_scalers(stands_in: bool) -> None:
+    """A scaler unscales the gradients itself, so that others can clip them, and skips the step by not calling it."""
+    p = torch.nn.Parameter(torch.ones(8))
+    optimizer = fewbits.optim.AdamW([p], lr=0.1)
+    calls = []
+    optimizer.register_step_pre_hook(lambda *_: calls.append(p.grad[0].item()))
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    for value in (1.0, float("inf")):
+        optimizer.zero_grad()
+        scaler.scale((p * value).sum()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    assert calls == ([1.0] if stands_in else [4.0, float("inf")])
+    assert optimizer.state_dict()["state"][0]["step"] == 1
+    assert torch.allclose(p.detach(), torch.tensor(0.899))
+
+
+def test_bases_called_with_an_older_signature(stands_in: bool) -> None:
+    """GaLore's optimizers pass percentile_clipping=100 and block_wise=True where max_unorm and skip_zeros stand now."""
+    params = [torch.nn.Parameter(torch.ones(8))]
+    for base in (fewbits.optim.Optimizer2State, fewbits.optim.Optimizer1State):
+        name = "adam" if base is fewbits.optim.Optimizer2State else "lion"
+        older: Any = (name, params, 0.1, (0.9, 0.999), 1e-8, 0.01, 8, None, 4096, 100, True)
+        if stands_in:
+            args = base(*older).args
+            assert (args.max_unorm, args.skip_zeros, args.min_8bit_size) == (0.0, False, 4096)
+        else:
+            with pytest.raises(ValueError, match="skip_zeros: expected False"):
+                base(*older)
+        with pytest.raises(ValueError, match="skip_zeros: expected False"):
+            base(*older[:-2], 5, True)

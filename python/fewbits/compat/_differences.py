@@ -111,3 +111,23 @@ def refuse_trust_of_8_bits(max_unorm: float) -> None:
             f"max_unorm: expected 1.0 with 8-bit states, as in bitsandbytes, got {max_unorm!r}; fewbits.optim, "
             "without install_as_bitsandbytes, takes other factors"
         )
+
+
+def takes_scaled_gradients() -> bool:
+    """Return whether gradient scalers may leave gradients as they are, and ask for a step whatever they hold.
+
+    Lightning refuses to clip gradients for optimizers that take them so. accelerate, and with it transformers' Trainer,
+    knows by a step that never came that gradients were not finite, and holds its scheduler back.
+    """
+    return stands_in_as is None
+
+
+def read_older_signature(max_unorm: float, skip_zeros: Any) -> tuple[float, Any]:
+    """Return the two arguments of optimizers' bases where older programs pass others, by position.
+
+    Before bitsandbytes 0.50 ``percentile_clipping`` and ``block_wise`` stood there. Their defaults, 100 and True, which
+    GaLore's optimizers pass on, ask for nothing.
+    """
+    if stands_in_as is not None and skip_zeros is True and max_unorm == 100:
+        return 0.0, False
+    return max_unorm, skip_zeros

@@ -10,15 +10,20 @@ import torch
 
 from fewbits._checks import DTYPES
 from fewbits.codebook import create_dynamic_map
+from fewbits.compat import _differences
 from fewbits.optim import _states
 from fewbits.optim._distributed import whole_numel
-from fewbits.optim._families import ALIASES, DEFAULTS, FAMILIES, check_8bit, check_values, parse_betas
+from fewbits.optim._families import ALIASES, DEFAULTS, FAMILIES, check_8bit, check_values, parse_betas, take_betas
 from fewbits.optim._naming import Named
 from fewbits.optim._options import ARGS, MockArgs, Params
 from fewbits.optim._paged_states import local
 from fewbits.optim._plan import Plan
 from fewbits.optim._prepare import Member
 from fewbits.optim._stepping import Stepping
+
+# In a compiled function a graph ends at a step: addresses mean nothing to a tracer. It is torch's way with its own
+# optimizers; `torch.compiler.disable` would import the compiler here and now.
+_untraced: Any = torch._disable_dynamo  # type: ignore[attr-defined]
 
 
 class Optimizer8bit(Stepping, metaclass=Named):
@@ -57,7 +62,7 @@ class Optimizer8bit(Stepping, metaclass=Named):
     learning rate that is a float32 tensor on the device is read when the graph runs; schedulers of torch fill it. This
     is about CUDA: on devices that native code does not know, a step waits for the device once and cannot be captured.
 
-    Gradient scalers hand over their scale, which is taken out on the way.
+    Gradient scalers hand over their scale, which is taken out on the way; not so after `install_as_bitsandbytes`.
 
     Distributed parameters (`torch.distributed.tensor.DTensor`, as ``fully_shard`` makes them) are stepped shard by
     shard: states are those of the shard, ``min_8bit_size`` counts the elements of the whole parameter, and norms (trust
@@ -68,7 +73,6 @@ class Optimizer8bit(Stepping, metaclass=Named):
     """
 
     _FSDP_WRAPPED_QUANT_STATE_KEY = _states.QUANT_STATE
-    _step_supports_amp_scaling = True
     non_castable_tensor_keys = frozenset(_states.QUANT_KEYS)
     args: Any
 
@@ -109,6 +113,7 @@ class Optimizer8bit(Stepping, metaclass=Named):
         self.name2qmap: dict[str, torch.Tensor] = {}
         self._reset()
         super().__init__(params, {**DEFAULTS.get(self.optimizer_name, {}), **defaults})
+        self.state = _states.States(self._watch, self.state)  # now, for those who keep it: not at the first step
 
     def _configure(
         self, name: str, args: Any, optim_bits: int, min_8bit_size: int, max_unorm: float, skip_zeros: bool
@@ -119,6 +124,7 @@ class Optimizer8bit(Stepping, metaclass=Named):
             raise ValueError(f"optimizer_name: expected one of {', '.join(FAMILIES)}, got {name!r}")
         self.optimizer_name = name
         if args is None:
+            max_unorm, skip_zeros = _differences.read_older_signature(max_unorm, skip_zeros)
             given = (optim_bits, min_8bit_size, max_unorm, skip_zeros)
             args = MockArgs(dict(zip(ARGS, given, strict=True)))
         for key, default in ARGS.items():
@@ -132,10 +138,17 @@ class Optimizer8bit(Stepping, metaclass=Named):
             raise ValueError(f"max_unorm: expected 0 for {name}, which has no trust ratio, got {args.max_unorm!r}")
         self.args = args
 
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether gradient scalers may leave scaled gradients to the step."""
+        return _differences.takes_scaled_gradients()
+
     # ---- groups and hyperparameters ----
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group; see `torch.optim.Optimizer.add_param_group`.
+
+        ``momentum`` of SGD and LARS, ``alpha`` and ``momentum`` of RMSprop become the group's ``betas``.
 
         Raises
         ------
@@ -145,6 +158,7 @@ class Optimizer8bit(Stepping, metaclass=Named):
         if isinstance(param_group, dict):
             if "betas" in param_group:
                 param_group["betas"] = parse_betas(param_group["betas"])
+            take_betas(self.optimizer_name, param_group, self.defaults)
             values = {"max_unorm": self.args.max_unorm, **self.defaults, **param_group}
             check_values(self.optimizer_name, values, self.args.optim_bits)
             params = param_group.get("params", ())
@@ -287,6 +301,11 @@ class Optimizer8bit(Stepping, metaclass=Named):
             If a parameter, gradient, state or hyperparameter is one that cannot be used (sparse, complex, of another
             shape, ...). No parameter has changed then.
         """
+        loss: float | None = self._step_once(closure)
+        return loss
+
+    @_untraced  # type: ignore[untyped-decorator]
+    def _step_once(self, closure: Callable[[], float] | None) -> float | None:
         loss = None
         if closure is not None:
             with torch.enable_grad():

@@ -113,6 +113,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "adagrad": {"lr_decay": 0, "initial_accumulator_value": 0},
     "lamb": {"bias_correction": True, "adam_w_mode": True},
 }
+# What groups may say by the name of an argument instead of in `betas`, in the order of `betas`.
+BETAS = {"sgd": ("momentum",), "lars": ("momentum",), "rmsprop": ("alpha", "momentum")}
 ALIASES = {"momentum": "sgd"}  # as bitsandbytes calls it
 
 
@@ -140,6 +142,27 @@ def parse_betas(betas: Any) -> tuple[float, ...]:
         raise ValueError(f"betas: expected numbers such as (0.9, 0.999), got {betas!r}") from error
 
 
+def take_betas(name: str, group: dict[str, Any], defaults: Values) -> None:
+    """Bring what a new group says as ``momentum`` or ``alpha`` into its ``betas``, where the rule reads it.
+
+    Raises
+    ------
+    ValueError
+        If it says both, of different values.
+    """
+    said = {i: key for i, key in enumerate(BETAS.get(name, ())) if key in group}
+    if not said:
+        return
+    betas: list[Any] = list(group["betas"] if "betas" in group else defaults["betas"])
+    for i, key in said.items():
+        if "betas" in group and betas[i : i + 1] != [group[key]]:
+            raise ValueError(f"{key}: expected what betas {tuple(betas)} say, or none beside them, got {group[key]!r}")
+        betas[i : i + 1] = [group[key]]
+    group["betas"] = tuple(betas)
+    for key in said.values():
+        del group[key]
+
+
 def check_values(name: str, values: Values, bits: int) -> None:
     """Raise unless the hyperparameters of a group are what the rule can do."""
     lr = values["lr"]
@@ -153,6 +176,8 @@ def check_values(name: str, values: Values, bits: int) -> None:
     for key in ("eps", "weight_decay", "alpha", "lr_decay", "initial_accumulator_value", "t_alpha", "t_beta3"):
         if values.get(key) is not None:
             _at_least_zero(key, values[key])
+    if values.get("maximize"):
+        raise ValueError(f"maximize: expected False, got {values['maximize']!r}; negate the loss instead")
     betas = values["betas"]
     for i, beta in enumerate(betas):
         if not 0.0 <= beta < 1.0:

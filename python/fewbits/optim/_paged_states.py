@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -76,7 +77,7 @@ class PagedStates(torch.optim.Optimizer):
             where = ["the CPU" if kind == "cpu" else kind for kind in unpaged]
             warnings.warn(
                 f"{type(self).__name__}: parameters on {' and '.join(where)} keep their states there: nothing is paged",
-                stacklevel=9,  # the caller of step
+                stacklevel=_level_of_caller(),
             )
         if is_capturing():
             return
@@ -117,3 +118,11 @@ class PagedStates(torch.optim.Optimizer):
         """Wait until states in host memory are what the last step made of them."""
         for device in self._rooms:
             torch.cuda.synchronize(device)
+
+
+def _level_of_caller() -> int:
+    """Return the `stacklevel`, for a function that warns, of whoever called a step: past this package and torch."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("fewbits", "torch"):
+        level, frame = level + 1, frame.f_back
+    return level
