@@ -1,17 +1,7 @@
-// What the products by mma.sync share: their problem, and the float32 scales of its blocks.
+// What the products by mma.sync share: the float32 scales of a weight's blocks.
 #pragma once
 #include "matmul4_fragments.cuh"
-
-struct Problem {
-    const void* x;
-    const u8* codes;
-    const void* absmax;  // float32, or u8 where nested
-    NestedSource nested;
-    const void* bias;  // n of E, or null
-    void* y;
-    i64 m, n, k;
-    int log2_blocksize, quant_type;
-};
+#include "matmul4_problem.cuh"
 
 // The float32 scale of a block. Loads and arithmetic are apart, so that the loads can be under way early.
 struct PlainScales {

@@ -6,23 +6,12 @@
 // Work: a warp takes a row of W and TOKENS tokens at a time; a lane takes eight elements that start at a multiple of eight in the
 // flattened W, so that they have whole bytes and one scale. Sums are float32, added over the lanes in a butterfly.
 // Bytes a row: k / 2 of codes and its scales, from memory; the tokens from the caches.
-#include "matmul4.cuh"
+#include "matmul4_problem.cuh"
 
 constexpr int THREADS = 256;
 constexpr int WARPS = THREADS / WARP;
 constexpr int TOKENS = 4;
 constexpr int RUN = 8;  // elements of a lane
-
-struct Problem {
-    const void* x;
-    const u8* codes;
-    const void* absmax;  // float32, or u8 where nested
-    NestedSource nested;
-    const void* bias;  // n of E, or null
-    void* y;
-    i64 m, n, k;
-    int log2_blocksize, quant_type;
-};
 
 // Four bytes of codes from element `first` of the flattened W on, a multiple of eight; what lies past the end is 0.
 __device__ __forceinline__ unsigned load_codes(const Problem& p, i64 first, i64 bytes, bool aligned) {
