@@ -12,7 +12,7 @@ from fewbits import _checks_int8 as checks
 from fewbits import _native
 from fewbits._backend import PORTABLE, is_portable
 from fewbits._checks import DTYPES, check_buffer, check_dtype
-from fewbits._launch import as_float32, deliver, dense, share_memory, target, target_queue
+from fewbits._launch import as_float32, deliver, dense, target, target_queue
 from fewbits._panel import Bound, multiply_panels, multiply_panels_transposed
 from fewbits.portable import int8 as portable
 
@@ -251,6 +251,4 @@ def _result(
     """Return where a product goes: the caller's `out` after a look at it, unless it lies where the kernel reads."""
     if out is not None:
         check_buffer("out", out, dtype, torch.Size(shape).numel(), f"shape {shape}", A)
-        if any(share_memory(out, other) for other in read):
-            out = None
-    return target(out, shape, dtype, A.device)
+    return target(out, shape, dtype, A.device, *read)

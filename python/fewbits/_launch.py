@@ -118,15 +118,15 @@ def target(
     shape: Sequence[int],
     dtype: torch.dtype,
     device: torch.device,
-    *inputs: torch.Tensor,
+    *inputs: torch.Tensor | None,
 ) -> torch.Tensor:
     """Return where a kernel writes: the caller's buffer, or new memory.
 
-    New where there is no buffer, where it has gaps, and where it lies over one of the kernel's dense `inputs`, of which
-    other threads are still reading what one would write.
+    New where there is no buffer, where it has gaps, and where it lies over one of the kernel's `inputs`, of which other
+    threads are still reading what one would write.
     """
     usable = buffer is not None and buffer.is_contiguous() and not buffer.is_neg()
-    if buffer is not None and usable and not any(overlap(buffer, tensor) for tensor in inputs):
+    if buffer is not None and usable and not any(t is not None and overlap(buffer, t) for t in inputs):
         return buffer
     return torch.empty(shape, dtype=dtype, device=device)
 
@@ -142,15 +142,19 @@ def deliver(result: torch.Tensor, buffer: torch.Tensor | None) -> torch.Tensor:
 
 
 def overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Return whether two dense tensors have bytes in common."""
+    """Return whether two tensors lie over one another: all that is between the first and the last element of each."""
     if a.device != b.device:
         return False
     first, second = a.data_ptr(), b.data_ptr()
-    return first < second + b.nbytes and second < first + a.nbytes
+    return first < second + _extent(b) and second < first + _extent(a)
 
 
-def share_memory(tensor: torch.Tensor, other: torch.Tensor | None) -> bool:
-    return other is not None and tensor.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+def _extent(tensor: torch.Tensor) -> int:
+    """Return the bytes from a tensor's first element to the end of its last."""
+    if tensor.is_contiguous():
+        return tensor.nbytes
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (last + 1) * tensor.itemsize
 
 
 def _target_queue(device: torch.device) -> tuple[int, int]:

@@ -19,7 +19,7 @@ import torch
 from fewbits import _native
 from fewbits._backend import PORTABLE
 from fewbits._checks import DTYPES, check_buffer, check_matmul_4bit
-from fewbits._launch import deliver, dense, share_memory, target, target_queue
+from fewbits._launch import deliver, dense, target, target_queue
 from fewbits._panel import Native4bit, bind, multiply_panels, multiply_panels_transposed
 
 _FEW_ROWS = 16  # for which no kernel wants a workspace, not worth the question
@@ -46,8 +46,7 @@ def matmul_4bit(
     size = (*A.shape[:-1], n)
     if out is not None:
         check_buffer("out", out, A.dtype, prod(size), f"shape {size}", A)
-    aliased = out is not None and any(share_memory(out, other) for other in (A, bias))
-    result = target(None if aliased else out, size, A.dtype, A.device)
+    result = target(out, size, A.dtype, A.device, A, bias)
     if not result.numel():
         return deliver(result, out)
     if not k:
