@@ -11,7 +11,6 @@ columns of it backward, so that no sum is rounded between two panels. Nothing el
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from math import prod
 
 import torch
@@ -20,7 +19,7 @@ from fewbits import _native
 from fewbits._backend import PORTABLE
 from fewbits._checks import DTYPES, check_buffer, check_matmul_4bit
 from fewbits._launch import deliver, dense, target, target_queue
-from fewbits._panel import Native4bit, bind, multiply_panels, multiply_panels_transposed
+from fewbits._panel import bind, multiply_panels, multiply_panels_transposed
 
 _FEW_ROWS = 16  # for which no kernel wants a workspace, not worth the question
 
@@ -59,17 +58,14 @@ def matmul_4bit(
         ordinal, queue = target_queue(A.device)
         if ordinal != PORTABLE:
             bias_address = 0 if added is None else added.data_ptr()
-            scratch = workspace(x, x.shape[0], ordinal, partial(_workspace_size, weight.native))
+            kept = _native.Weight4bit(*weight.native)
+            scratch = workspace(x, x.shape[0], ordinal, kept.workspace_size)
             scratch_address = 0 if scratch is None else scratch.data_ptr()
             pointers = (*weight.native, bias_address, result.data_ptr(), scratch_address, ordinal, queue)
             if _native.matmul_4bit(x.data_ptr(), x.shape[0], number, *pointers):
                 return deliver(result, out)
     multiply_panels(weight, x, added, result.view(-1, n))
     return deliver(result, out)
-
-
-def _workspace_size(native: Native4bit, m: int, ordinal: int) -> int:
-    return _native.matmul_4bit_workspace_size(m, *native, ordinal)
 
 
 def workspace(x: torch.Tensor, m: int, ordinal: int, size: Callable[[int, int], int]) -> torch.Tensor | None:

@@ -58,7 +58,6 @@ __all__ = [
     "int8_matmul_int32",
     "int8_quantize_rows",
     "matmul_4bit",
-    "matmul_4bit_workspace_size",
     "nested_workspace_size",
     "optim_control",
     "optim_norms",
@@ -142,20 +141,6 @@ def matmul_4bit(
     device: int,
     queue: int,
 ) -> bool: ...
-def matmul_4bit_workspace_size(
-    m: int,
-    codes: int,
-    n: int,
-    k: int,
-    blocksize: int,
-    quant_type: int,
-    absmax: int,
-    nested_code: int,
-    nested_absmax: int,
-    nested_blocksize: int,
-    offset: int,
-    device: int,
-) -> int: ...
 def dequantize_4bit_panel(
     codes: int,
     n: int,

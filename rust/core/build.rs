@@ -61,6 +61,7 @@ const SINCE_AMPERE: [&str; 7] = ["compute_80", "sm_80", "sm_86", "sm_89", "sm_90
 const SINCE_TURING: [&str; 8] = ["compute_80", "sm_75", "sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120"];
 /// What uses instructions of Hopper alone.
 const HOPPER: [&str; 1] = ["sm_90a"];
+
 fn main() {
     if let Err(error) = build() {
         eprintln!("fewbits: {error}");

@@ -55,7 +55,7 @@ pub struct Rows {
     pub bias: u64,
     /// Address of `m * n` elements.
     pub out: u64,
-    /// Address of as many bytes as [`workspace_size`] says, or 0: the product is slower without.
+    /// Address of as many bytes as [`Kept::workspace_size`] says, or 0: the product is slower without.
     pub workspace: u64,
 }
 
@@ -79,17 +79,6 @@ fn check_forced() -> Result<()> {
     }
     let known: Vec<String> = names().collect();
     Err(Error::argument("FEWBITS_MATMUL4", name, format!("one of {}", known.join(", "))))
-}
-
-/// Bytes of the target's memory that help the product of `m` rows with a weight. What they hold does not matter.
-///
-/// # Errors
-/// A driver failure.
-pub fn workspace_size(weight: Weight, m: usize, target: Target) -> Result<usize> {
-    match target {
-        Target::Cpu { .. } => Ok(0),
-        Target::Cuda { device, .. } => cuda::matmul4::workspace_size(weight, m, device),
-    }
 }
 
 /// Multiplies. `false`, with nothing written, where dequantizing panels of the weight and an ordinary product are faster (or where
@@ -136,12 +125,15 @@ impl Kept {
         Self { weight, settled: Settled::default() }
     }
 
-    /// As the function [`workspace_size`].
+    /// Bytes of the target's memory that help the product of `m` rows. What they hold does not matter.
     ///
     /// # Errors
-    /// As that.
+    /// A driver failure.
     pub fn workspace_size(&self, m: usize, target: Target) -> Result<usize> {
-        workspace_size(self.weight, m, target)
+        match target {
+            Target::Cpu { .. } => Ok(0),
+            Target::Cuda { device, .. } => cuda::matmul4::workspace_size(self.weight, m, device),
+        }
     }
 
     /// As [`matmul_4bit`]. From the second call with a `version` on, the kernel may start with the weight before the previous one has

@@ -39,7 +39,7 @@ mod _native {
         int8_quantize_rows,
     };
     #[pymodule_export]
-    use super::matmul4::{Weight4bit, matmul_4bit, matmul_4bit_workspace_size};
+    use super::matmul4::{Weight4bit, matmul_4bit};
     #[pymodule_export]
     use super::optim::{optim_control, optim_norms, optim_step, optim_trust};
     #[pymodule_export]

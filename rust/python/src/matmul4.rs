@@ -37,27 +37,6 @@ pub fn matmul_4bit(
     run(py, target, move || unsafe { matmul4::matmul_4bit(weight, rows, target) })
 }
 
-/// Bytes of memory on the device that `matmul_4bit` of `m` rows with this weight goes faster with; 0 on the CPU.
-#[pyfunction]
-pub fn matmul_4bit_workspace_size(
-    m: usize,
-    codes: u64,
-    n: usize,
-    k: usize,
-    blocksize: usize,
-    quant_type: usize,
-    absmax: u64,
-    nested_code: u64,
-    nested_absmax: u64,
-    nested_blocksize: usize,
-    offset: u64,
-    device: i64,
-) -> Result<usize> {
-    let weight =
-        weight(codes, n, k, blocksize, quant_type, absmax, nested_code, nested_absmax, nested_blocksize, offset)?;
-    Ok(matmul4::workspace_size(weight, m, target(device, 1)?)?)
-}
-
 /// A 4-bit weight whose addresses and sizes are passed once, for callers that count every tenth of a microsecond.
 #[pyclass(frozen)]
 pub struct Weight4bit(Kept);
@@ -82,7 +61,7 @@ impl Weight4bit {
         Ok(Self(Kept::new(weight)))
     }
 
-    /// As the function `matmul_4bit_workspace_size`.
+    /// Bytes of memory on the device that the product of `m` rows goes faster with; 0 on the CPU.
     fn workspace_size(&self, m: usize, device: i64) -> Result<usize> {
         Ok(self.0.workspace_size(m, target(device, 1)?)?)
     }

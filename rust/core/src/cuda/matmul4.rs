@@ -35,7 +35,7 @@ impl NestedSource {
     }
 }
 
-/// kernels/matmul4_plain.cu and kernels/matmul4_direct.cuh
+/// kernels/matmul4_problem.cuh
 #[repr(C)]
 struct DirectProblem {
     x: u64,
@@ -168,7 +168,7 @@ pub unsafe fn matmul_4bit(weight: Weight, rows: Rows, ordinal: usize, stream: u6
     Ok(true)
 }
 
-/// See [`crate::matmul4::workspace_size`]. Products that need one are those of tensor cores.
+/// See [`crate::matmul4::Kept::workspace_size`]. Products that need one are those of tensor cores.
 pub fn workspace_size(weight: Weight, m: usize, ordinal: usize) -> Result<usize> {
     let device = device(ordinal)?;
     let product = choose(&weight, m, device.major >= 8, device);

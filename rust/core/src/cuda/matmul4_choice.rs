@@ -1,5 +1,5 @@
-//! Which kernel multiplies with a 4-bit weight on Hopper: the one rule (elsewhere: matmul4_elsewhere.rs). `None` means that the caller dequantizes panels of the weight and
-//! multiplies with torch's own product.
+//! Which kernel multiplies with a 4-bit weight on Hopper: the one rule (elsewhere: matmul4_elsewhere.rs). `None` means that the
+//! caller dequantizes panels of the weight and multiplies with torch's own product.
 
 use super::matmul4_elsewhere::broad_runs;
 use super::product::{Product, mid_tiles, wide_tiles};
